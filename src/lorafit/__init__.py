@@ -1,0 +1,49 @@
+"""lorafit fine-tunes small language models with LoRA on the machine you have.
+
+The public names; each is loaded when it is first used, so that `import lorafit` costs nothing.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lorafit.arguments import DataArguments, ModelArguments, TrainingArguments
+    from lorafit.data.collate import DataCollatorForLanguageModeling
+    from lorafit.errors import LorafitError, TrainingInterrupted, UsageError
+    from lorafit.trainer import Trainer
+
+_HOMES = {
+    "DataArguments": "lorafit.arguments",
+    "DataCollatorForLanguageModeling": "lorafit.data.collate",
+    "LorafitError": "lorafit.errors",
+    "ModelArguments": "lorafit.arguments",
+    "Trainer": "lorafit.trainer",
+    "TrainingArguments": "lorafit.arguments",
+    "TrainingInterrupted": "lorafit.errors",
+    "UsageError": "lorafit.errors",
+}
+
+__all__ = [  # pyright: ignore[reportUnsupportedDunderAll] __version__ is served by __getattr__
+    "DataArguments",
+    "DataCollatorForLanguageModeling",
+    "LorafitError",
+    "ModelArguments",
+    "Trainer",
+    "TrainingArguments",
+    "TrainingInterrupted",
+    "UsageError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("lorafit")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorafit' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,165 @@
+"""The command line: verbs, and options made from the panels. Parses, then hands over.
+
+Importing this file imports neither torch nor transformers: `--help` and a wrong flag answer at
+once. The only file that turns errors into exit codes: 2 for the user's mistake, 1 for a failure,
+130 and 143 for signals.
+"""
+
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.console import Console as Terminal
+
+from lorafit import config
+from lorafit.arguments import PANELS
+from lorafit.errors import LorafitError, TrainingInterrupted, UsageError
+from lorafit.panel import Knob
+
+app = typer.Typer(
+    name="lorafit",
+    help="Fine-tune a small language model with LoRA on the machine you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The entry point of the `lorafit` command."""
+    terminal = Terminal(stderr=True, highlight=False, soft_wrap=True)
+    try:
+        app(standalone_mode=False)
+    except TrainingInterrupted as stopped:
+        terminal.print(str(stopped), markup=False)
+        sys.exit(143)
+    except KeyboardInterrupt as stopped:
+        terminal.print(str(stopped) or "Stopped.", markup=False)
+        sys.exit(130)
+    except LorafitError as error:
+        terminal.print(f"error: {error}", markup=False)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _options() -> Iterator[inspect.Parameter]:
+    """One option for each knob of the three panels, under its group's heading."""
+    for panel in PANELS:
+        for knob in panel.knobs.values():
+            option = typer.Option(
+                knob.flag if _kind(knob) is not bool else f"{knob.flag}/{_no(knob)}",
+                help=_help(knob),
+                rich_help_panel=knob.group,
+                show_default=False,
+            )
+            yield inspect.Parameter(
+                knob.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[_kind(knob) | None, option],
+            )
+
+
+def _no(knob: Knob) -> str:
+    return "--no-" + knob.flag.removeprefix("--")
+
+
+def _kind(knob: Knob) -> type:
+    """What the command line reads: bool, int and float as such, everything else as text, which
+    `config.load` reads as YAML would."""
+    kinds = [kind for kind in get_args(knob.kind) or (knob.kind,) if kind is not type(None)]
+    return kinds[0] if len(kinds) == 1 and kinds[0] in (bool, int, float) else str
+
+
+def _help(knob: Knob) -> str:
+    value = knob.recipe
+    shown = (
+        ""
+        if value in (None, "")
+        else f" [dim]\\[{value}{' ' + knob.unit if knob.unit else ''}][/dim]"
+    )
+    return knob.help.replace("[", "\\[") + shown
+
+
+def _with_options(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with an option for each knob in place of its `**given`."""
+    signature = inspect.signature(command)
+    own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    command.__signature__ = signature.replace(parameters=[*own, *_options()])  # type: ignore[attr-defined]
+    command.__annotations__ |= {p.name: p.annotation for p in _options()}
+    return command
+
+
+@app.command()
+@_with_options
+def train(
+    settings: Annotated[
+        Path | None, typer.Argument(help="A YAML file of arguments; flags win over it.")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Train an adapter: lorafit train --model FOLDER_OR_ID --data FILE"""
+    flags = {name: value for name, value in given.items() if value is not None}
+    resolved = config.load(settings, flags)
+    from lorafit import job
+
+    prepared = job.prepare(resolved)
+    prepared.trainer.resume_command = _resume_command()
+    folder = prepared.run()
+    terminal = Terminal(highlight=False, soft_wrap=True)
+    terminal.print(f"Ask it: lorafit generate --adapter {shlex.quote(str(folder))} --prompt ...")
+
+
+def _resume_command() -> str:
+    words = [word for word in sys.argv[1:] if not word.startswith("--resume-from-checkpoint")]
+    if "--overwrite" in words:
+        words.remove("--overwrite")
+    return shlex.join(["lorafit", *words, "--resume-from-checkpoint=auto"])
+
+
+@app.command()
+def generate(
+    adapter: Annotated[str, typer.Option(help="The folder of a trained adapter.")],
+    prompt: Annotated[list[str], typer.Option(help="What to ask; repeat it for several.")],
+    base: Annotated[str, typer.Option(help="The base, where it has moved.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is not 0.")] = 0,
+    compare: Annotated[bool, typer.Option(help="Answer with the base too.")] = False,
+) -> None:
+    """Answer prompts with an adapter over the base it names."""
+    from lorafit.deploy import generate as deploy
+
+    terminal = Terminal(highlight=False, soft_wrap=True)
+    tuned = deploy.open_adapter(adapter, base=base)
+    sampling = deploy.Sampling(max_new_tokens, temperature, seed)
+    answers = deploy.answer(tuned, prompt, sampling=sampling)
+    bases = (
+        deploy.answer_with_base(tuned, prompt, sampling=sampling)
+        if compare
+        else [None] * len(prompt)
+    )
+    for question, before, after in zip(prompt, bases, answers, strict=True):
+        if len(prompt) > 1 or compare:
+            terminal.print(f"> {question}", markup=False, style="bold")
+        if before is not None:
+            terminal.print(f"base:  {before.text}", markup=False)
+            terminal.print(f"tuned: {after.text}", markup=False)
+        else:
+            terminal.print(after.text, markup=False)
+
+
+@app.command()
+def demo(
+    output_dir: Annotated[Path, typer.Option(help="Where to write the run.")] = Path(
+        "lorafit-demo"
+    ),
+) -> None:
+    """Train offline on this Python's own documentation, and show what changed."""
+    from lorafit import demo as tour
+
+    tour.run(output_dir)

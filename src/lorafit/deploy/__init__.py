@@ -1,0 +1,1 @@
+"""An adapter -> text. Reads what `model` loads; knows nothing of training."""

@@ -1,0 +1,1 @@
+"""Examples -> a better adapter: layout, step, evaluation, optimiser, precision. No files."""

@@ -1,0 +1,74 @@
+"""Which matrix products run in which dtype. Knows the hardware, not the model.
+
+Parameters, residual stream, norms and embedding keep the dtype they were loaded in; under `bf16`
+or `fp16` only what torch.autocast lists (matrix products) takes 16-bit operands. `fp16` adds a
+gradient scaler, as its range needs one.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from lorafit.arguments import TrainingArguments
+from lorafit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Autocast for one device: `dtype` None is full precision; `scaler` only with float16."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    scaler: torch.amp.GradScaler | None = None
+    notice: str = ""
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context of every forward, in training and in evaluation alike."""
+        if self.dtype is None:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def __str__(self) -> str:
+        names = {None: "fp32", torch.bfloat16: "bf16 products", torch.float16: "fp16 products"}
+        return names[self.dtype]
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 itself; emulated bf16 is far slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    if device.type == "cpu":
+        has_avx512 = torch.cpu._is_avx512_bf16_supported()  # pyright: ignore[reportPrivateUsage]
+        has_amx = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (has_avx512 or has_amx)
+    return False
+
+
+def choose(arguments: TrainingArguments, device: torch.device) -> Precision:
+    """The precision that `bf16`, `fp16` and `tf32` ask for, as far as `device` has it natively.
+
+    Raises:
+        ConfigError: `fp16=True` without CUDA.
+    """
+    if arguments.tf32 is not None and device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
+        torch.backends.cudnn.allow_tf32 = arguments.tf32
+    if arguments.fp16:
+        if device.type != "cuda":
+            raise ConfigError(
+                f"fp16=True needs a CUDA device; this run is on {device.type}.",
+                why="CPUs have no fast float16 arithmetic, and its narrow range needs a scaler.",
+                fix="Write bf16=True (native bfloat16 where the CPU has it), or leave both out.",
+            )
+        return Precision(device, torch.float16, torch.amp.GradScaler(device.type))
+    if not arguments.bf16:
+        return Precision(device)
+    if native_bf16(device):
+        notice = "" if device.type == "cuda" else "bf16: native on this CPU; matrix products use it"
+        return Precision(device, torch.bfloat16, notice=notice)
+    return Precision(
+        device,
+        notice=f"bf16: this {device.type} has no native bfloat16, where emulation is far slower; "
+        "training runs in fp32",
+    )

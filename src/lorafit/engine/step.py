@@ -1,0 +1,127 @@
+"""One optimiser step on tensors: no files, no printing, no clock.
+
+Reads like the textbook: count the supervised tokens of the whole step; for each micro-batch run
+backward on its share of the loss; clip; update; report. Knows neither data sets nor schedules'
+names; the trainer decides what comes next.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from lorafit.engine.layout import MicroBatch
+from lorafit.engine.objective import Objective, Whole, finite
+from lorafit.engine.optim import Updater
+from lorafit.engine.precision import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did. The three tensors are scalars still on the device: reading them waits.
+
+    Attributes:
+        loss: Nats per supervised token of the whole step.
+        gradient_norm: Before clipping.
+        applied: False where loss or gradient was not finite and nothing was changed.
+        learning_rate: The rate the update used.
+    """
+
+    loss: Tensor
+    gradient_norm: Tensor
+    applied: Tensor
+    learning_rate: float
+    tokens: int
+    supervised: int
+
+
+class Watch(Protocol):
+    """Who is told inside a step; any of them may raise to abandon it, nothing applied."""
+
+    def after_micro_batch(self, *, last: bool) -> None:
+        """After each backward."""
+        ...
+
+    def before_update(self) -> None:
+        """Gradients are summed and clipped."""
+        ...
+
+    def after_update(self) -> None:
+        """The optimiser has stepped; the schedule has not."""
+        ...
+
+
+class Engine:
+    """A model, its objective and its updater, ready to step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        *,
+        updater: Updater,
+        schedule: LRScheduler | ReduceLROnPlateau,
+        precision: Precision,
+        max_norm: float,
+    ) -> None:
+        self.model, self.objective = model, objective
+        self.updater, self.schedule = updater, schedule
+        self.precision, self.max_norm = precision, max_norm
+
+    def step(self, batches: Sequence[MicroBatch], watch: Watch) -> StepResult:
+        """One update on the examples of `batches`, whose gradients add up to the step's.
+
+        Raises:
+            Whatever `watch` raises between micro-batches; call `abandon` then.
+        """
+        whole = Whole(sum(batch.supervised for batch in batches), len(batches))
+        device = self.precision.device
+        loss = torch.zeros((), device=device)
+        self.model.train()
+        for index, batch in enumerate(batches):
+            with self.precision.autocast():
+                part = self.objective.part(self.model, batch.to(device), whole=whole)
+            self._backward(part)
+            loss += part.detach()
+            watch.after_micro_batch(last=index + 1 == len(batches))
+        norm, applied = self._update(loss, watch)
+        return StepResult(
+            loss=loss,
+            gradient_norm=norm,
+            applied=applied,
+            learning_rate=self._advance(),
+            tokens=sum(batch.tokens for batch in batches),
+            supervised=whole.supervised,
+        )
+
+    def abandon(self) -> None:
+        """Forget the gradients of a step that was not finished."""
+        self.updater.zero()
+
+    def _backward(self, part: Tensor) -> None:
+        scaler = self.precision.scaler
+        (scaler.scale(part) if scaler else part).backward()
+
+    def _update(self, loss: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
+        scaler = self.precision.scaler
+        if scaler:
+            scaler.unscale_(self.updater.optimizer)
+        norm = self.updater.norm(max_norm=self.max_norm)
+        applied = finite(loss, norm)
+        watch.before_update()
+        self.updater.apply(applied)
+        if scaler:
+            scaler.update()
+        watch.after_update()
+        return norm, applied
+
+    def _advance(self) -> float:
+        """Move the schedule on and forget the gradients; the rate that the update used."""
+        rate = self.updater.optimizer.param_groups[0]["lr"]
+        if not isinstance(self.schedule, ReduceLROnPlateau):
+            self.schedule.step()
+        self.updater.zero()
+        return float(rate)

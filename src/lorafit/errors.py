@@ -1,0 +1,73 @@
+"""The exceptions lorafit raises. Owns their tree and their three-part wording; knows nothing else.
+
+::
+
+    LorafitError                     what is wrong, why it matters, what to type
+    ├── UsageError                   the user's own mistake: the command line exits 2, no traceback
+    │   ├── ConfigError              a value, or a set of values, that cannot be run (ValueError)
+    │   │   └── UnknownNameError     a key, flag or keyword that does not exist (TypeError too)
+    │   ├── DataError                a file, row or field of the data set (ValueError)
+    │   ├── ModelError               a base model, tokenizer or adapter (ValueError)
+    │   └── OutputError              the folder to write into (OSError)
+    ├── MissingPackageError          an optional package that this setting needs (ImportError)
+    ├── NonFiniteError               loss or gradients stayed NaN or infinite (FloatingPointError)
+    └── TrainingInterrupted          SIGTERM while training; what was saved is named
+"""
+
+from difflib import get_close_matches
+
+
+class LorafitError(Exception):
+    """An error for people, in three parts.
+
+    Args:
+        what: What is wrong, with the value seen and where (`file:line`).
+        why: Why it matters; may be empty where it is obvious.
+        fix: What to type or change.
+    """
+
+    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
+        super().__init__("\n".join(part for part in (what, why, fix) if part))
+        self.what, self.why, self.fix = what, why, fix
+
+
+class UsageError(LorafitError):
+    """The user's own mistake; the command line prints it and exits with status 2."""
+
+
+class ConfigError(UsageError, ValueError):
+    """A value, or a combination of values, that cannot be run."""
+
+
+class UnknownNameError(ConfigError, TypeError):
+    """A key, flag or keyword argument that does not exist."""
+
+
+class DataError(UsageError, ValueError):
+    """A data file, row or field that cannot be used."""
+
+
+class ModelError(UsageError, ValueError):
+    """A base model, tokenizer or adapter that cannot be used."""
+
+
+class OutputError(UsageError, OSError):
+    """An output folder that cannot be written, or that holds somebody's work."""
+
+
+class MissingPackageError(LorafitError, ImportError):
+    """An optional package that the chosen setting needs is not installed."""
+
+
+class NonFiniteError(LorafitError, FloatingPointError):
+    """Loss or gradients stayed NaN or infinite for several steps in a row."""
+
+
+class TrainingInterrupted(LorafitError):
+    """Training was asked to stop (SIGTERM); the message says what was saved and how to resume."""
+
+
+def nearest(name: str, names: list[str]) -> str:
+    """` Did you mean X?` for the closest of `names`, or an empty string where none is close."""
+    close = get_close_matches(name, names, n=1, cutoff=0.6)
+    return f" Did you mean {close[0]}?" if close else ""

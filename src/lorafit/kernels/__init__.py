@@ -1,0 +1,1 @@
+"""Numbers, each with its reference beside it."""

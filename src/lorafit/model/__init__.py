@@ -1,0 +1,1 @@
+"""A base and an adapter -> something the engine can run."""

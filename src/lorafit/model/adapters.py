@@ -1,0 +1,387 @@
+"""Adapters: attached, saved, loaded strictly. The only door to peft, imported late as it is slow.
+
+Owns which tensors training may change (`adapter_state`) and the adapter's folder: PEFT's own
+format, the tokenizer, and `lorafit.json`, its contract. Knows no run and no data.
+"""
+
+import copy
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lorafit.arguments import ModelArguments
+from lorafit.errors import ModelError, nearest
+from lorafit.model import base as bases
+from lorafit.model.base import PreTrainedModel
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+CONTRACT = "lorafit.json"
+"""The file that says what an adapter was trained over, and how to prompt it."""
+
+WEIGHTS = "model.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A saved adapter over its base, in eval mode on the CPU. `contract` may be empty."""
+
+    model: "PeftModel"
+    tokenizer: Any
+    contract: dict[str, Any]
+
+
+def attach(model: PreTrainedModel, arguments: ModelArguments) -> "PeftModel":
+    """`model` with a fresh LoRA adapter; adapter weights are float32 whatever the base's dtype.
+
+    The base is changed in place, as peft does. LoRA: Hu et al. 2021.
+
+    Raises:
+        ModelError: a module named in `lora_target_modules` or `modules_to_save` does not exist.
+    """
+    from peft import LoraConfig
+
+    targets, saved = _names(arguments.lora_target_modules), _names(arguments.modules_to_save)
+    everything = targets == [ALL_LINEAR]
+    _check_exist(model, saved if everything else targets + saved)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=arguments.lora_r,
+        lora_alpha=arguments.lora_alpha,
+        lora_dropout=arguments.lora_dropout,
+        target_modules=ALL_LINEAR if everything else targets,
+        use_rslora=arguments.use_rslora,
+        use_dora=arguments.use_dora,
+        modules_to_save=saved or None,
+        # GPT-2's Conv1D keeps its weight transposed; peft finds out by itself, with a warning.
+        fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+    )
+    try:
+        return _wrapped(model, config)
+    except ValueError as error:
+        raise ModelError(
+            f"LoRA cannot be attached to {type(model).__name__}: {error}",
+            fix=f"Name linear modules instead: {', '.join(_linear(model))}.",
+        ) from error
+
+
+def trainable_share(model: nn.Module) -> tuple[int, int]:
+    """(trainable parameters, all parameters), tied ones counted once."""
+    counted = getattr(model, "get_nb_trainable_parameters", None)
+    if counted:  # peft's count knows that a 4-bit weight holds two parameters in a byte
+        return counted()
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def without_adapter(model: nn.Module) -> AbstractContextManager[Any]:
+    """The base alone, while the context lasts; a model without adapter stays as it is."""
+    return model.disable_adapter() if is_adapted(model) else nullcontext()
+
+
+def is_adapted(model: nn.Module) -> TypeGuard["PeftModel"]:
+    """Whether `model` is a PEFT model."""
+    return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    """Every tensor that training may change: the model's own storage, not copies; clone to keep.
+
+    A PEFT model gives its active adapter under PEFT's file names, then what else is trainable and
+    a resized embedding. Any other module gives trainable parameters and persistent buffers (running
+    means and the like) by name. Tied tensors appear once.
+    """
+    return _distinct(_peft_state(model) if is_adapted(model) else _plain_state(model))
+
+
+def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the model, all or none of them.
+
+    Raises:
+        ModelError: a tensor is missing, not the model's, of another shape, or not finite.
+    """
+    targets = adapter_state(model)
+    own = model.state_dict()
+    targets |= {name: own[name] for name in tensors if name in own and name not in targets}
+    common = [name for name in targets if name in tensors]
+    faults = {
+        "missing": [name for name in targets if name not in tensors],
+        "unknown to this model": [name for name in tensors if name not in targets],
+        "of another shape": [
+            f"{name} {list(tensors[name].shape)} for {list(targets[name].shape)}"
+            for name in common
+            if tensors[name].shape != targets[name].shape
+        ],
+        "not finite": [name for name in common if not tensors[name].isfinite().all()],
+    }
+    if any(faults.values()):
+        raise ModelError(
+            "These weights do not fit the model: "
+            + "; ".join(f"{bases.some(names)} {what}" for what, names in faults.items() if names),
+            why="An adapter that loads in part answers like no model that was ever trained.",
+            fix="Load it over the base and with the settings that it was trained with.",
+        )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: Path,
+    *,
+    tokenizer: Any = None,
+    contract: Mapping[str, Any] | None = None,
+    card: str | None = None,
+) -> None:
+    """Write what training made into `folder`; the caller makes that atomic.
+
+    A PEFT model: its active adapter in PEFT's format, which peft, transformers and vLLM load. A
+    transformers model: `save_pretrained`. Any other module: its state in `model.safetensors`.
+
+    Args:
+        tokenizer: Saved beside the weights, chat template included.
+        contract: Written as `lorafit.json`.
+        card: The text of the model card, `README.md`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if is_adapted(model):
+        _save_peft(model, folder)
+    elif isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder)
+    else:
+        _save_tensors(_distinct(model.state_dict().items()), folder / WEIGHTS)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if contract is not None:
+        written = json.dumps(dict(contract), indent=2, ensure_ascii=False)
+        (folder / CONTRACT).write_text(written + "\n", encoding="utf-8")
+    if card is not None:
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def read_adapter_state(folder: Path) -> dict[str, Tensor]:
+    """The tensors that `save_adapter` wrote into `folder`, on the CPU, for `load_adapter_state`.
+
+    Raises:
+        ModelError: there are none, or a file is damaged.
+    """
+    adapter = folder / ADAPTER
+    files = [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))
+    if not files:
+        held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        raise ModelError(
+            f"{folder} holds no {ADAPTER}; it holds {bases.some(held)}.",
+            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+        )
+    try:
+        return {name: value for file in files for name, value in load_file(file).items()}
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: its weights cannot be read: {error}") from error
+
+
+def read_contract(folder: Path) -> dict[str, Any]:
+    """What `lorafit.json` says; empty where another tool wrote the adapter.
+
+    Raises:
+        ModelError: the file is not a JSON object.
+    """
+    file = folder / CONTRACT
+    if not file.exists():
+        return {}
+    try:
+        contract = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON: {error}") from error
+    if not isinstance(contract, dict):
+        raise ModelError(f"{file} does not hold a JSON object.")
+    return contract
+
+
+def load_tuned(folder: Path, *, base: str = "", dtype: str = "auto") -> Tuned:
+    """The adapter in `folder` over its base, every tensor accounted for.
+
+    Args:
+        base: Folder or Hub id of the base, where it is not the one the adapter names.
+        dtype: The base's dtype; "auto" is its checkpoint's.
+
+    Raises:
+        ModelError: `folder` holds no LoRA adapter, its base is not there, or the two do not fit.
+    """
+    config, tensors = _read_config(folder), read_adapter_state(folder)
+    contract = read_contract(folder)
+    base = base or _base_of(config, contract)
+    model = _load_base(folder, base, revision=config.revision, dtype=dtype)
+    _resize_embedding(model, tensors)
+    config.base_model_name_or_path = None  # else peft warns where the base has moved
+    with torch.random.fork_rng(devices=[]):  # fresh LoRA weights are drawn, then overwritten
+        tuned = _wrapped(model, config)
+    try:
+        load_adapter_state(tuned, tensors)
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error.what}", why=error.why, fix=error.fix) from error
+    has_tokenizer = (folder / "tokenizer_config.json").exists()
+    tokenizer = bases.load_tokenizer(str(folder if has_tokenizer else model.name_or_path))
+    tokenizer.chat_template = contract.get("chat_template") or tokenizer.chat_template
+    return Tuned(tuned.eval(), tokenizer, contract)
+
+
+def _wrapped(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
+    from peft import PeftModel, get_peft_model
+
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that has aged
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        wrapped = get_peft_model(model, config)
+    assert isinstance(wrapped, PeftModel)
+    return wrapped
+
+
+def _names(written: str | Sequence[str] | None) -> list[str]:
+    parts = written.split(",") if isinstance(written, str) else written or ()
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _linear(model: nn.Module) -> list[str]:
+    """The last parts of the names of the modules that LoRA usually goes on."""
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+        }
+    )
+
+
+def _check_exist(model: nn.Module, wanted: Sequence[str]) -> None:
+    # peft is content when one of several names exists, and trains less than was asked for.
+    present = [f".{name}" for name, _ in model.named_modules()]
+    for name in wanted:
+        if not any(module.endswith(f".{name}") for module in present):
+            linear = _linear(model)
+            raise ModelError(
+                f"{type(model).__name__} has no module {name}.{nearest(name, linear)}",
+                fix=f"Its linear modules: {', '.join(linear)}; or {ALL_LINEAR} for all of them.",
+            )
+
+
+def _active(model: "PeftModel") -> tuple[str, Any]:
+    """The active adapter's name and configuration."""
+    name = str(model.active_adapter)
+    return name, model.peft_config[name]
+
+
+def _peft_state(model: "PeftModel") -> Iterator[tuple[str, Tensor]]:
+    from peft import get_peft_model_state_dict
+
+    name, config = _active(model)
+    kept = bool(config.modules_to_save)
+    # Said outright, as "auto" would ask the Hub for the base's configuration.
+    grown = not kept and bases.vocabulary_resized(model)
+    yield from get_peft_model_state_dict(
+        model, adapter_name=name, save_embedding_layers=grown
+    ).items()
+    yield from _trainable(model)
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            yield name, parameter.detach()
+
+
+def _plain_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from _trainable(model)
+    saved = model.state_dict().keys()
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def _distinct(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The named tensors, tied ones under their first name only."""
+    first: dict[tuple[int | str, torch.Size], tuple[str, Tensor]] = {}
+    for name, tensor in named:
+        first.setdefault((tensor.data_ptr() or name, tensor.shape), (name, tensor))
+    return dict(first.values())
+
+
+def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(whole, file, metadata={"format": "pt"})
+
+
+def _save_peft(model: "PeftModel", folder: Path) -> None:
+    # Not peft's own save_pretrained: that leaves out parameters which the user made trainable, and
+    # puts an adapter of another name than "default" one folder deeper.
+    _save_tensors(adapter_state(model), folder / ADAPTER)
+    config = copy.copy(_active(model)[1])
+    beneath = bases.unwrap(model)
+    config.inference_mode = True
+    config.base_model_name_or_path = (
+        config.base_model_name_or_path or getattr(beneath, "name_or_path", None) or None
+    )
+    classes = {
+        "base_model_class": type(beneath).__name__,
+        "parent_library": type(beneath).__module__,
+    }
+    config.save_pretrained(str(folder), auto_mapping_dict=None if config.task_type else classes)
+
+
+def _read_config(folder: Path) -> "LoraConfig":
+    from peft import LoraConfig, PeftConfig
+
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file():
+        raise ModelError(
+            f"{folder} is no adapter: it has no {ADAPTER_CONFIG}.",
+            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+        )
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{folder} holds a {config.peft_type} adapter; lorafit loads LoRA.")
+    return config
+
+
+def _base_of(config: "LoraConfig", contract: Mapping[str, Any]) -> str:
+    """The base an adapter names; the contract's absolute path where the name leads nowhere."""
+    named = config.base_model_name_or_path or ""
+    for place in (named, contract.get("base", {}).get("path")):
+        if place and Path(place).is_dir():
+            return place
+    return named
+
+
+def _load_base(folder: Path, base: str, *, revision: str | None, dtype: str) -> PreTrainedModel:
+    try:
+        return bases.load_model(ModelArguments(model=base, revision=revision or "", dtype=dtype))
+    except ModelError as error:
+        raise ModelError(
+            f"The base of the adapter {folder}, {base or 'not named'}, cannot be loaded: "
+            f"{error.what}",
+            why=error.why,
+            fix="Say where it is: --base FOLDER_OR_ID",
+        ) from error
+
+
+def _resize_embedding(model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> None:
+    """Give the base as many token rows as the adapter's own embedding has, if it brings one."""
+    weight: Any = model.get_input_embeddings().weight
+    name = next(name for name, parameter in model.named_parameters() if parameter is weight)
+    beneath_lora = name.replace(".weight", ".base_layer.weight")
+    for key in (name, beneath_lora):
+        brought = tensors.get(f"base_model.model.{key}")
+        if brought is not None and brought.shape[0] != weight.shape[0]:
+            model.resize_token_embeddings(brought.shape[0], mean_resizing=False)

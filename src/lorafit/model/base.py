@@ -1,0 +1,444 @@
+"""Base models and tokenizers: the door to transformers (`compat` and `run.callbacks` aside).
+
+Owns loading and its refusals, what a base is (`identity`), and how its forward takes columns,
+labels and loss. Of adapters it knows only that `unwrap` looks beneath one.
+"""
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from logging import CRITICAL
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
+from transformers.utils import logging
+from transformers.utils.generic import find_labels
+from transformers.utils.hub import cached_file
+
+from lorafit.arguments import ModelArguments, TrainingArguments
+from lorafit.errors import ModelError, nearest
+from lorafit.kernels.cross_entropy import IGNORE, summed_nats, supervised_tokens
+
+INDEX = "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: bool = False) -> Any:
+    """The tokenizer of a folder or Hub id: one of transformers', which all answer alike.
+
+    Raises:
+        ModelError: there is no such folder, or no tokenizer in it.
+    """
+    folder = _folder(name)
+    with _quiet(), _explained(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(
+            str(folder or name), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+
+
+def load_model(arguments: ModelArguments) -> PreTrainedModel:
+    """The base on the CPU, in the dtype asked for ("auto": the checkpoint's), in eval mode.
+
+    Only safetensors are read.
+
+    Raises:
+        ModelError: the folder or Hub id is no whole causal language model; said before any
+            weight is read where that can be known.
+    """
+    folder = _folder(arguments.model)
+    if folder:
+        _check_folder(folder)
+    name = str(folder or arguments.model)
+    options: dict[str, Any] = {
+        "revision": arguments.revision or "main",
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+    with _quiet(), _explained(name, "model"):
+        config = AutoConfig.from_pretrained(name, **options)
+        _check_causal(config, name)
+        if arguments.attn_implementation:
+            options["attn_implementation"] = arguments.attn_implementation
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name,
+            config=config,
+            dtype=arguments.dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    model, report = loaded
+    # transformers would fill these with random numbers and only warn.
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise ModelError(
+            f"The weights in {name} lack {some(lacking)}.",
+            why="They would be random numbers, and training would build on noise.",
+            fix="Give a whole causal language model.",
+        )
+    return model
+
+
+def identity(model: nn.Module | str | Path) -> dict[str, Any]:
+    """What a base is, cheaply: enough to notice another one, not to prove the same.
+
+    Args:
+        model: A module (adapters are left out of its numbers), or a folder or Hub id.
+
+    Returns:
+        `name` as given, `path` (absolute, of a local folder), `model_type`, `parameters`,
+        `dtype`, `revision` (a Hub commit) and `headers_sha256`, the hash of every safetensors
+        header: names, shapes and dtypes, no values. None where unknown.
+    """
+    if isinstance(model, nn.Module):
+        base = unwrap(model)
+        config = getattr(base, "config", None)
+        own = [value for key, value in base.named_parameters() if not _ADDED.search(key)]
+        return _files_of(str(getattr(base, "name_or_path", ""))) | {
+            "model_type": getattr(config, "model_type", None),
+            "parameters": sum(parameter.numel() for parameter in own),
+            "dtype": str(own[0].dtype).removeprefix("torch.") if own else None,
+            "revision": getattr(config, "_commit_hash", None),
+        }
+    return _files_of(str(model))
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The module beneath a PEFT wrapper, or `model` itself."""
+    beneath = getattr(model, "get_base_model", None)
+    return beneath() if beneath else model
+
+
+def is_plain_causal(model: nn.Module) -> bool:
+    """Whether the loss is nothing but causal cross entropy, so that nats can be summed from logits.
+
+    Declared by the model (transformers' `ForCausalLMLoss`, no encoder, no router's balance loss)
+    and then proved by `causal_loss_matches`, where the model lies.
+    """
+    base = unwrap(model)
+    if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
+        return False
+    if getattr(base.config.get_text_config(), "output_router_logits", False):
+        return False
+    with _quiet():  # transformers warns of classes that its table lacks, such as GPT-2's
+        declared = base.loss_function is ForCausalLMLoss
+    return declared and causal_loss_matches(model, base.device)
+
+
+def declares_causal_loss(model: nn.Module) -> bool:
+    """Whether token t is predicted from t - 1, so that a row's first label is never a target.
+
+    Declared in transformers' table of losses; where that lacks the class (GPT-2), proved.
+    """
+    base = unwrap(model)
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        return False
+    declared = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
+    return declared or is_plain_causal(model)
+
+
+def accepts_count(model: nn.Module) -> bool:
+    """Whether the forward divides its loss by a `num_items_in_batch` that it is given: the rule of
+    transformers' Trainer."""
+    base = unwrap(model)
+    parameters = inspect.signature(base.forward).parameters.values()
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return bool(getattr(base, "accepts_loss_kwargs", takes_any))
+
+
+@torch.no_grad()
+def causal_loss_matches(model: nn.Module, device: torch.device) -> bool:
+    """Whether the model's own loss is the mean nats of its logits, to 1e-4 relative.
+
+    One forward of two short rows of seeded ids with unequal supervision, in eval mode; modes and
+    random state are put back. A forward that fails on plain ids, mask and labels is no match.
+    """
+    try:
+        vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
+        ids = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
+        ids, labels = ids.to(device), ids.to(device, copy=True)
+        labels[1, :8] = IGNORE
+        with undisturbed(model):
+            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+        ours = summed_nats(out["logits"], labels) / supervised_tokens(labels, shifted=True)
+        return bool(torch.isclose(out["loss"].float(), ours, rtol=1e-4, atol=0))
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Generator[None]:
+    """Eval mode inside; every module's mode and the random state are put back."""
+    modes = {module: module.training for module in model.modules()}
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The most tokens the model can look back on; None where it does not say."""
+    config = unwrap(model).config.get_text_config()
+    return getattr(config, "max_position_embeddings", None)
+
+
+def label_names(model: nn.Module, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The names of the columns that hold labels: `given`, else found as transformers finds them."""
+    return tuple(find_labels(type(unwrap(model))) if given is None else given)
+
+
+def forward_names(model: nn.Module, labels: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The columns that `remove_unused_columns` keeps, as transformers' Trainer chooses them: the
+    arguments of the forward beneath any adapter, `label`, `label_ids` and the label names."""
+    forward = inspect.signature(unwrap(model).forward).parameters
+    return tuple(dict.fromkeys([*forward, "label", "label_ids", *label_names(model, labels)]))
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on `device`; one that transformers dispatched or quantised stays where it is."""
+    base = unwrap(model)
+    fixed = getattr(base, "hf_device_map", None) or getattr(base, "is_quantized", False)
+    return model if fixed else model.to(device)
+
+
+def prepared(model: nn.Module, arguments: TrainingArguments) -> nn.Module:
+    """`model` as training runs it: recomputing activations where the arguments ask for it."""
+    if arguments.gradient_checkpointing:
+        settings = arguments.gradient_checkpointing_kwargs
+        enable_recompute(model, settings if isinstance(settings, dict) else None)
+    return model
+
+
+def enable_recompute(model: nn.Module, settings: Mapping[str, Any] | None = None) -> None:
+    """Keep no activations inside layers; compute them again in backward. Call after `attach`.
+
+    Args:
+        settings: `every_n_layers` and `offload` as in transformers 5.23; the rest goes to
+            `torch.utils.checkpoint`. Non-reentrant unless `use_reentrant` is set.
+
+    Raises:
+        ModelError: the model has no layers that can be recomputed.
+    """
+    base = unwrap(model)
+    options = {"use_reentrant": False} | dict(settings or {})
+    extra = {key: options.pop(key) for key in ("every_n_layers", "offload") if key in options}
+    # Renamed in transformers 5.23; the old name warns there.
+    enable = getattr(base, "activation_checkpointing_enable", None)
+    enable = enable or getattr(base, "gradient_checkpointing_enable", None)
+    try:
+        if enable is None:
+            raise ValueError("it has no such method")
+        enable(options, **extra)
+    except (TypeError, ValueError) as error:
+        raise ModelError(
+            f"{type(base).__name__} cannot recompute activations: {error}.",
+            fix="Leave out gradient_checkpointing.",
+        ) from error
+    # transformers makes the embedding's output require a gradient, which only reentrant
+    # checkpoints need; without it the first layer computes no gradient of its input.
+    if not options["use_reentrant"] and isinstance(base, PreTrainedModel):
+        base.disable_input_require_grads()
+
+
+@contextmanager
+def without_cache(model: nn.Module) -> Generator[None]:
+    """No key/value cache inside: training has no use for one, and recomputing forbids it."""
+    config: Any = getattr(unwrap(model), "config", None)
+    before = getattr(config, "use_cache", None)
+    if before is None:
+        yield
+        return
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+def vocabulary_resized(model: nn.Module) -> bool:
+    """Whether the embedding has other rows than the files that the base came from; no network."""
+    base = unwrap(model)
+    name = getattr(base, "name_or_path", "")
+    file = None
+    with suppress(OSError, ValueError):  # a folder that is gone, or no name at all
+        file = cached_file(name, "config.json", local_files_only=True)
+    if not file:
+        return False
+    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    return rows is not None and base.get_input_embeddings().weight.shape[0] != rows
+
+
+def some(names: Sequence[str], most: int = 6) -> str:
+    """The first few names, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return (", ".join(names[:most]) or "nothing") + more
+
+
+_ADDED = re.compile(r"\b(lora_|modules_to_save\.)")
+"""Parameters that peft put into the base's tree."""
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that `name` means; None where it can only be a Hub id."""
+    if not name:
+        raise ModelError("No model is named.", fix="Give a folder or a Hub id.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{name} is a file; a model is a folder with config.json and *.safetensors.",
+            fix=f"Give the folder: {path.parent}",
+        )
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and path.parent.is_dir()):
+        return None
+    raise ModelError(
+        f"There is no folder {name}.{_nearest_folder(path)}",
+        fix="Give a folder with config.json and *.safetensors, or a Hub id such as org/name.",
+    )
+
+
+def _nearest_folder(path: Path) -> str:
+    parent = path.parent
+    if not parent.is_dir():
+        return ""
+    return nearest(path.name, sorted(entry.name for entry in parent.iterdir() if entry.is_dir()))
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises ModelError unless `folder` looks like a whole base with safetensors."""
+    names = sorted(entry.name for entry in folder.iterdir())
+    weights = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith(PICKLED)]
+    if "adapter_config.json" in names:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        over = config.get("base_model_name_or_path") or "another model"
+        raise ModelError(
+            f"{folder} is a LoRA adapter over {over}, not a base model.",
+            fix=f"Use it with --adapter {folder}, or give its base: --model {over}",
+        )
+    if "config.json" not in names:
+        raise ModelError(
+            f"{folder} is not a model: it has no config.json. It holds {some(names)}.",
+            fix="Give the folder that holds config.json and *.safetensors.",
+        )
+    if not weights and pickled:
+        raise ModelError(
+            f"{folder} holds only pickled weights: {some(pickled)}.",
+            why="Opening a pickle can run code that its author put there (CVE-2025-32434), "
+            "so lorafit reads safetensors only.",
+            fix="Where you trust the file, convert it once with transformers: "
+            "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW).",
+        )
+    if (folder / INDEX).exists():
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        lacking = sorted(set(index["weight_map"].values()) - set(weights))
+    else:
+        lacking = [] if weights else ["*.safetensors"]
+    if lacking:
+        raise ModelError(
+            f"{folder} has no weights: {some(lacking)} not found among {some(names)}.",
+            fix="Download the model again; its weights did not arrive whole.",
+        )
+
+
+def _check_causal(config: Any, name: str) -> None:
+    written = set(getattr(config, "architectures", None) or ())
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and (
+        not written or written & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    )
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if remote or (known and not getattr(config, "is_encoder_decoder", False)):
+        return
+    kind = " ".join(sorted(written)) or config.model_type
+    raise ModelError(
+        f"{name} is a {kind}, not a causal language model.",
+        why="lorafit trains models that predict the next token.",
+        fix="Give a model whose config.json names a ...ForCausalLM architecture.",
+    )
+
+
+def _files_of(name: str) -> dict[str, Any]:
+    """`identity` as far as the files of a local folder tell it."""
+    unknown = ("path", "model_type", "parameters", "dtype", "revision", "headers_sha256")
+    known: dict[str, Any] = {"name": name} | dict.fromkeys(unknown)
+    folder = Path(name).expanduser()
+    if not name or not (folder / "config.json").is_file():
+        return known
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    headers = _headers(folder)
+    return known | {
+        "path": str(folder.resolve()),
+        "model_type": config.get("model_type"),
+        "parameters": sum(torch.Size(shape).numel() for _, shape in headers.values()),
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "headers_sha256": hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest(),
+    }
+
+
+def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
+    """Name -> (dtype, shape) of every tensor in the folder's safetensors; values are not read."""
+    headers: dict[str, tuple[str, list[int]]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        header.pop("__metadata__", None)
+        headers |= {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()}
+    return headers
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    """transformers' progress bars and advice, off; what matters is raised as an error."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity(CRITICAL)
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(name: str, what: str) -> Generator[None]:
+    """Turns what transformers and safetensors raise while reading into a ModelError."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        if Path(name).is_dir():
+            raise ModelError(f"The {what} in {name} cannot be read: {reason}") from error
+        offline = " while offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else ""
+        raise ModelError(
+            f"{name} is no folder here, and no {what} of that name could be had from the Hub"
+            f"{offline}.{_nearest_folder(Path(name))}",
+            why=reason,
+            fix=f"Download it first (hf download {name}), or give a folder.",
+        ) from error

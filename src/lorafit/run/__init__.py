@@ -1,0 +1,1 @@
+"""Around the engine: callbacks, checkpoints, signals, journal, console."""

@@ -1,0 +1,168 @@
+"""Run state to disk and back: complete, checked, no pickle.
+
+A checkpoint is the adapter in its own format plus what resuming needs: optimiser, schedule, every
+random generator, position. Tensors are safetensors, the rest JSON. Knows folders through `store`
+and nothing of models: the trainer hands over the adapter's writer.
+"""
+
+import json
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lorafit.errors import UsageError
+from lorafit.run import store
+
+STATE, TENSORS = "run_state.json", "run_state.safetensors"
+FORMAT = 1
+_TREES = ("optimizer", "scaler", "random_state")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: `step` optimiser steps done, of which `in_epoch` in `epoch`."""
+
+    step: int
+    epoch: int
+    in_epoch: int
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything but the weights. Optimiser, schedule and scaler as their `state_dict`s;
+    `sums` are the trainer's running numbers, `random_state` what `random_state()` returned."""
+
+    position: Position
+    optimizer: dict[str, Any]
+    schedule: dict[str, Any]
+    scaler: dict[str, Any]
+    sums: dict[str, float]
+    random_state: dict[str, Any]
+
+
+def save(
+    folder: Path, write_files: Callable[[Path], None], *, state: RunState | None = None
+) -> int:
+    """Write a whole checkpoint to `folder`; its bytes.
+
+    Args:
+        write_files: Puts adapter, trainer_state.json and so on into the folder it is given.
+        state: None for `save_only_model`: weights that cannot be resumed.
+    """
+    with store.whole_folder(folder) as partial:
+        write_files(partial)
+        if state is not None:
+            _write_state(partial, state)
+    return store.bytes_of(folder)
+
+
+def _write_state(folder: Path, state: RunState) -> None:
+    tensors: dict[str, Tensor] = {}
+    described = {
+        "format": FORMAT,
+        "position": asdict(state.position),
+        "sums": state.sums,
+        "schedule": _split(_plain(state.schedule), "schedule", tensors=tensors),
+        **{part: _split(vars(state)[part], part, tensors=tensors) for part in _TREES},
+    }
+    save_file(tensors, folder / TENSORS)
+    store.write_json(folder / STATE, described)
+
+
+def load(folder: Path) -> RunState:
+    """The state that `save` wrote.
+
+    Raises:
+        UsageError: the folder is not a complete checkpoint of lorafit's.
+    """
+    why = store.fault(folder)
+    if not why and not (folder / STATE).is_file():
+        why = "it was saved with save_only_model, without the state of the run"
+    if why:
+        raise UsageError(
+            f"{folder} cannot be resumed: {why}.",
+            why="A checkpoint that is not whole would resume another run than the one saved.",
+            fix="Write --resume-from-checkpoint auto (resume_from_checkpoint='auto') for the "
+            "newest whole one.",
+        )
+    described = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    tensors = load_file(folder / TENSORS)
+    return RunState(
+        position=Position(**described["position"]),
+        sums=described["sums"],
+        schedule=_join(described["schedule"], tensors),
+        **{part: _join(described[part], tensors) for part in _TREES},
+    )
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every global random generator: Python's, NumPy's, torch's on each device."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], numpy.random.get_state())
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` took."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    words32 = keys.numpy().astype("uint32")
+    numpy.random.set_state((kind, words32, position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+_TENSOR, _INTEGER_KEYS = "tensor:", "integer keys"
+
+
+def _split(value: Any, name: str, *, tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, with its tensors moved to `tensors` and named where they stood."""
+    if isinstance(value, Tensor):
+        tensors[name] = value.detach().contiguous().cpu().clone()
+        return _TENSOR + name
+    if isinstance(value, Mapping):
+        integers = any(isinstance(key, int) for key in value)
+        split = {
+            str(key): _split(item, f"{name}.{key}", tensors=tensors) for key, item in value.items()
+        }
+        return {_INTEGER_KEYS: split} if integers else split
+    if isinstance(value, list | tuple):
+        return [
+            _split(item, f"{name}.{index}", tensors=tensors) for index, item in enumerate(value)
+        ]
+    return value
+
+
+def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, str) and value.startswith(_TENSOR):
+        return tensors[value.removeprefix(_TENSOR)]
+    if isinstance(value, dict):
+        if value.keys() == {_INTEGER_KEYS}:
+            return {int(key): _join(item, tensors) for key, item in value[_INTEGER_KEYS].items()}
+        return {key: _join(item, tensors) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_join(item, tensors) for item in value]
+    return value
+
+
+def _plain(schedule: Mapping[str, Any]) -> dict[str, Any]:
+    """A schedule's state without its functions, which its constructor makes again."""
+    return {
+        name: [None] * len(value) if name == "lr_lambdas" else value
+        for name, value in schedule.items()
+        if not callable(value)
+    }

@@ -1,0 +1,127 @@
+"""What a person sees while a run goes: a live bar in a terminal, plain lines elsewhere.
+
+Observes events and nothing else; the only place in `run` that writes to the terminal.
+"""
+
+from rich.console import Console as Terminal
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from lorafit.events import (
+    Evaluated,
+    Event,
+    Logged,
+    Notice,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepEnd,
+    StepSkipped,
+)
+
+
+class Console:
+    """Call it with each event.
+
+    Args:
+        live: Draw a bar where the terminal can; lines are printed in any case.
+    """
+
+    def __init__(self, *, live: bool, terminal: Terminal | None = None) -> None:
+        self._terminal = terminal or Terminal(highlight=False, soft_wrap=True)
+        self._live = live and self._terminal.is_terminal
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def __call__(self, event: Event) -> None:
+        """Print the event's line, if it has one, and move the bar."""
+        if isinstance(event, RunStarted):
+            self._terminal.print(started_line(event))
+            self._start_bar(event)
+        elif isinstance(event, StepEnd):
+            self._move_bar(event)
+        else:
+            self._stop_bar(event)
+            text = line(event)
+            if text:
+                self._terminal.print(text, markup=False)
+
+    def _start_bar(self, event: RunStarted) -> None:
+        if not self._live:
+            return
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=self._terminal,
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=event.steps, completed=event.first_step)
+        self._progress.start()
+
+    def _move_bar(self, event: StepEnd) -> None:
+        if self._progress:
+            rate = event.tokens / max(event.seconds, 1e-9)
+            shown = f"loss {event.loss:.4f} · {rate:,.0f} tokens/s"
+            self._progress.update(self._task, completed=event.step, description=shown)
+
+    def _stop_bar(self, event: Event) -> None:
+        if self._progress and isinstance(event, RunEnded):
+            self._progress.stop()
+            self._progress = None
+
+
+def started_line(event: RunStarted) -> str:
+    """The run in two lines: data and effective batch; what trains, where, in which precision."""
+    examples = "a stream" if event.examples is None else f"{event.examples:,} examples"
+    processes = "process" if event.processes == 1 else "processes"
+    share = 100 * event.trainable_parameters / max(event.parameters, 1)
+    return (
+        f"Training on {examples}, {event.examples_per_step} per step "
+        f"({event.batch_size} x {event.accumulation} accumulated x {event.processes} {processes}): "
+        f"{event.steps:,} steps, {event.epochs:g} epochs\n"
+        f"{event.trainable_parameters:,} of {event.parameters:,} parameters train "
+        f"({share:.2f}%) on {event.device} in {event.precision}, layout {event.layout}"
+    )
+
+
+def line(event: Event) -> str:
+    """One plain line for an event; empty for those that are only drawn."""
+    match event:
+        case Notice():
+            return f"note: {event.text}"
+        case Logged():
+            return (
+                f"step {event.step:>6}  epoch {event.epoch:5.2f}  loss {event.loss:.4f}  "
+                f"gradient norm {event.gradient_norm:.3g}  "
+                f"learning rate {event.learning_rate:.2e}"
+            )
+        case StepSkipped():
+            return (
+                f"step {event.step:>6}  NOT APPLIED: loss {event.loss}, gradient norm "
+                f"{event.gradient_norm}; examples {list(event.examples)}"
+            )
+        case Evaluated():
+            return (
+                f"step {event.step:>6}  epoch {event.epoch:5.2f}  {event.name} loss "
+                f"{event.loss:.4f} nats per token, {event.examples:,} examples, "
+                f"{event.seconds:.1f} s"
+            )
+        case Saved():
+            return f"saved {event.path} ({event.bytes / 1e6:.1f} MB)"
+        case RunEnded():
+            restored = f"; best adapter restored: {event.restored}" if event.restored else ""
+            return (
+                f"{event.reason} after {event.step:,} steps in {event.seconds:.1f} s, "
+                f"mean loss {event.loss:.4f}{restored}"
+            )
+        case _:
+            return ""

@@ -1,0 +1,638 @@
+"""Trainer: the transformers-shaped face of lorafit, and the loop.
+
+Assembles model, data, engine and observers; decides when to log, evaluate, save and stop. Computes
+nothing itself (the engine does) and draws nothing (observers do). The loop is `_epoch`.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lorafit import compat, parts
+from lorafit.arguments import TrainingArguments
+from lorafit.engine import precision
+from lorafit.engine.evaluation import Evaluation
+from lorafit.engine.layout import MicroBatch, as_given
+from lorafit.engine.objective import Objective
+from lorafit.errors import ConfigError, TrainingInterrupted
+from lorafit.events import Evaluated, Event, Notice, RunEnded, RunStarted, Saved
+from lorafit.model import adapters, base
+from lorafit.model.noise import noisy_embeddings
+from lorafit.run import store
+from lorafit.run.callbacks import Callbacks, TrainOutput, speed_metrics
+from lorafit.run.console import Console
+from lorafit.run.journal import Journal
+from lorafit.run.progress import Progress, TooManySkipped
+from lorafit.run.signals import Asked, Signals, listening
+from lorafit.session import Position, Session
+
+
+@dataclass(frozen=True)
+class _Watch:
+    """What happens inside a step besides arithmetic: signals are polled, callbacks told."""
+
+    callbacks: Callbacks
+    signals: Signals
+
+    def after_micro_batch(self, *, last: bool) -> None:
+        self.signals.poll()
+        if not last:
+            self.callbacks.fire("on_substep_end")
+
+    def before_update(self) -> None:
+        self.callbacks.fire("on_pre_optimizer_step")
+
+    def after_update(self) -> None:
+        self.callbacks.fire("on_optimizer_step")
+
+
+class Trainer:
+    """Fine-tunes `model` on `train_dataset`; takes what transformers' Trainer takes.
+
+    Args:
+        model: A transformers model (with a PEFT adapter or not), or any module whose forward
+            returns a loss.
+        args: lorafit's `TrainingArguments` or transformers'.
+        data_collator: A list of rows -> a batch.
+        train_dataset: Map-style, iterable, or a list of dicts.
+        eval_dataset: The same, or a dict of named ones. Given without `eval_strategy`, it is read
+            before, during and after training, within 5% of the run's cost.
+        processing_class: The tokenizer, saved beside the adapter (`tokenizer` in older scripts).
+
+    Raises:
+        ConfigError: with every complaint about `args`, or where something cannot be trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[[], nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        tokenizer: Any = None,
+    ) -> None:
+        given = TrainingArguments("trainer_output") if args is None else args
+        ours = isinstance(given, TrainingArguments)
+        self.args: TrainingArguments = given if ours else compat.from_transformers(given)
+        complaints = self.args.check()
+        if complaints:
+            raise ConfigError("\n".join(complaints))
+        compat.set_seed(self.args.seed, deterministic=self.args.full_determinism)
+        if (model is None) == (model_init is None):
+            raise ConfigError(
+                "Trainer takes either a model or model_init, exactly one of them.",
+                fix="Trainer(model=...) or Trainer(model_init=lambda: ...).",
+            )
+        if compute_metrics is not None:
+            raise ConfigError(
+                "compute_metrics is not called by this version: evaluation keeps the loss alone.",
+                fix="Leave it out, and compute metrics from the adapter after training.",
+            )
+        self.model_init = model_init
+        made = model_init() if model_init else model
+        assert made is not None
+        self.model: nn.Module = base.place(made, self.args.device)
+        self.processing_class = processing_class if processing_class is not None else tokenizer
+        self.data_collator = data_collator or compat.default_collator(self.processing_class)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.compute_loss_func = compute_loss_func
+        self.optimizer, self.lr_scheduler = optimizers
+        self.label_names = base.label_names(self.model, self.args.label_names)
+        self.contract: dict[str, Any] = {}
+        self.observers: list[Callable[[Event], None]] = [
+            Console(live=self.args.disable_tqdm is not True)
+        ]
+        self.resume_command = "trainer.train(resume_from_checkpoint=True)"
+        self._given_optimizers = optimizers
+        self._signals = Signals()
+        self._precision = precision.choose(self.args, self.args.device)
+        self._callbacks = Callbacks(
+            compat.to_transformers(self.args) if ours else given,
+            callbacks or (),
+            model=self.model,
+            processing_class=self.processing_class,
+        )
+
+    # ---- what scripts read and call ------------------------------------------------------------
+
+    @property
+    def state(self) -> Any:
+        """transformers' `TrainerState`: global_step, epoch, log_history, best_metric, ..."""
+        return self._callbacks.state
+
+    @property
+    def control(self) -> Any:
+        """transformers' `TrainerControl`."""
+        return self._callbacks.control
+
+    @property
+    def callback_handler(self) -> Any:
+        """transformers' `CallbackHandler`."""
+        return self._callbacks.handler
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a `TrainerCallback`, class or instance."""
+        self._callbacks.handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback and return it; None where it was not there."""
+        return self._callbacks.handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback."""
+        self._callbacks.handler.remove_callback(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes files: always, in one process."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def train(
+        self,
+        resume_from_checkpoint: bool | str | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,  # noqa: ARG002 only the loss is kept
+    ) -> TrainOutput:
+        """Train to the end, or to where a callback, a signal or non-finite steps stop it.
+
+        Args:
+            resume_from_checkpoint: True for the newest whole checkpoint of `output_dir`, a path,
+                or "auto", which starts afresh where there is none.
+
+        Returns:
+            (global_step, training_loss, metrics), as transformers'.
+
+        Raises:
+            KeyboardInterrupt: SIGINT, after saving. TrainingInterrupted: SIGTERM, after saving.
+            NonFiniteError: `max_nonfinite_steps` steps in a row could not be applied.
+        """
+        if trial is not None:
+            raise ConfigError(
+                "Trainer.train(trial=...) belongs to hyperparameter_search, which lorafit leaves "
+                "out.",
+                fix="Run one training per setting; each is a process of its own.",
+            )
+        resumed = self._checkpoint_to_resume(resume_from_checkpoint)
+        if self.model_init is not None:
+            compat.set_seed(self.args.seed, deterministic=self.args.full_determinism)
+            self.model = base.place(self.model_init(), self.args.device)
+        journal = Journal(Path(self.args.output_dir))
+        self.observers.append(journal)
+        try:
+            with (
+                listening() as signals,
+                base.without_cache(self.model),
+                noisy_embeddings(self.model, self.args.neftune_noise_alpha),
+            ):
+                return self._run(self._begin(signals, resumed))
+        finally:
+            self.observers.remove(journal)
+            journal.close()
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss (nats per supervised token) on `eval_dataset`, logged and told to callbacks.
+
+        Returns:
+            `{prefix}_loss`, `_runtime` (seconds), `_samples_per_second`, `_steps_per_second` and
+            `epoch`; for a dict of sets, each under `{prefix}_{name}`.
+        """
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        if chosen is None:
+            raise ConfigError(
+                "Trainer.evaluate: there is no evaluation set.",
+                fix="Trainer(..., eval_dataset=...) or trainer.evaluate(eval_dataset=...).",
+            )
+        if isinstance(chosen, dict):
+            merged: dict[str, float] = {}
+            for name, part in chosen.items():
+                merged |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return merged
+        started = time.perf_counter()
+        measured = self._measure(chosen)
+        event = self._evaluated(measured, started, name=metric_key_prefix)
+        self._emit(event)
+        metrics = {f"{metric_key_prefix}_loss": measured.loss}
+        metrics |= speed_metrics(
+            metric_key_prefix,
+            time.time() - event.seconds,
+            num_samples=measured.examples,
+            num_steps=math.ceil(measured.examples / self.args.per_device_eval_batch_size),
+        )
+        self.log(metrics)
+        self._callbacks.fire("on_evaluate", metrics=metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+        """Append `logs` to `state.log_history` and tell callbacks."""
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.args.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._callbacks.fire("on_log", logs=logs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Any:
+        """The module's own loss of one batch; override it for another.
+
+        Args:
+            num_items_in_batch: Supervised tokens of the whole optimiser step; a loss that divides
+                by it is exact under accumulation. None in evaluation.
+
+        Returns:
+            A scalar, or (scalar, outputs) with `return_outputs`.
+        """
+        labels = inputs.pop("labels", None) if self.compute_loss_func else None
+        if num_items_in_batch is not None and base.accepts_count(self.model):
+            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
+        outputs = model(**inputs)
+        if self.compute_loss_func:
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
+        elif isinstance(outputs, Mapping) and "loss" not in outputs:
+            raise ConfigError(
+                f"{type(model).__name__} returned no loss, only {', '.join(outputs)}; it was given "
+                f"{', '.join(inputs)}.",
+                fix="Give rows the labels its forward needs, or pass compute_loss_func.",
+            )
+        else:
+            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        return (loss, outputs) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (the whole model without one), tokenizer, card and contract."""
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        adapters.save_adapter(
+            self.model,
+            folder,
+            tokenizer=self.processing_class,
+            contract={"base": base.identity(self.model), **self.contract},
+        )
+        self._emit(Saved(str(folder), self.state.global_step, store.bytes_of(folder)))
+
+    def save_state(self) -> None:
+        """Write trainer_state.json to `output_dir`."""
+        folder = Path(self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._callbacks.keep_state(str(folder / "trainer_state.json"))
+
+    # ---- the loop ------------------------------------------------------------------------------
+
+    def _run(self, run: Session) -> TrainOutput:
+        self._callbacks.fire("on_train_begin")
+        try:
+            if self.args.eval_on_start:
+                self.evaluate()
+            self._read_if_due(run)
+            for epoch in range(run.position.epoch, run.plan.epochs):
+                self._epoch(run, epoch)
+                if self.control.should_training_stop:
+                    break
+            self._emit_all(run.progress.read())
+        except Asked as asked:
+            self._interrupted(run, asked)
+        except TooManySkipped as too_many:
+            self._emit_all(too_many.events)
+            self._end(run, "non-finite")
+            raise
+        finally:
+            run.engine.updater.close()
+            self._signals = Signals()
+        return self._finish(run)
+
+    def _epoch(self, run: Session, epoch: int) -> None:
+        """Step through what is left of `epoch`; after each step do what is due."""
+        run.position = replace(run.position, epoch=epoch)
+        watch = _Watch(self._callbacks, run.signals)
+        self._callbacks.fire("on_epoch_begin")
+        for step in run.loader.steps(epoch, skip=run.position.in_epoch):
+            self._callbacks.fire("on_step_begin")
+            run.begin_step()
+            started = time.perf_counter()
+            result = run.engine.step(self._layout(run.engine.objective, step.batches), watch)
+            run.finish_step()
+            self.state.global_step, self.state.epoch = run.position.step, run.epoch()
+            full = run.progress.add(
+                result,
+                step=run.position.step,
+                epoch=run.epoch(),
+                examples=step.examples,
+                seconds=time.perf_counter() - started,
+            )
+            self._callbacks.fire("on_step_end")
+            self._act(run, read=full)
+            run.signals.poll()
+            if self.control.should_epoch_stop or self.control.should_training_stop:
+                break
+        self._callbacks.fire("on_epoch_end")
+        self._act(run)
+        run.position = Position(run.position.step, epoch + 1, 0)
+
+    def _act(self, run: Session, *, read: bool = False) -> None:
+        """Log, evaluate, save: what the callbacks' control asks for, numbers read beforehand."""
+        asked = self.control
+        if read or asked.should_log or asked.should_evaluate or asked.should_save:
+            self._emit_all(run.progress.read())
+        if asked.should_log:
+            self._log_window(run)
+        if self.control.should_evaluate:
+            best = self._is_best(self._evaluate_and_schedule(run))
+            if self.args.save_strategy == "best":
+                self.control.should_save = best
+        if self.control.should_save:
+            self._save_checkpoint(run)
+            self._callbacks.fire("on_save")
+        self._read_if_due(run)
+
+    def _log_window(self, run: Session) -> None:
+        logged = run.progress.logged()
+        if logged is None:
+            return
+        self.state.num_input_tokens_seen = run.progress.tokens
+        self._emit(logged)
+        self.log(
+            {
+                "loss": logged.loss,
+                "grad_norm": logged.gradient_norm,
+                "learning_rate": logged.learning_rate,
+            }
+        )
+
+    def _evaluate_and_schedule(self, run: Session) -> dict[str, float]:
+        metrics = self.evaluate()
+        if isinstance(run.engine.schedule, ReduceLROnPlateau):
+            run.engine.schedule.step(metrics[_metric_name(self.args)])
+        return metrics
+
+    def _is_best(self, metrics: Mapping[str, float]) -> bool:
+        """Whether `metric_for_best_model` is better than ever; remembered in the state."""
+        if self.args.metric_for_best_model is None:
+            return False
+        name = _metric_name(self.args)
+        if name not in metrics:
+            raise ConfigError(
+                f"metric_for_best_model={name!r} is not among the metrics: {', '.join(metrics)}.",
+                fix="Name one of them.",
+            )
+        greater = self.args.greater_is_better
+        better = parts.is_better(metrics[name], self.state.best_metric, greater=greater)
+        if better:
+            self.state.best_metric = metrics[name]
+            self.state.best_global_step = self.state.global_step
+        return better
+
+    def _read_if_due(self, run: Session) -> None:
+        """The readings that a script gets by passing an evaluation set alone: journal and terminal
+        see them, `log_history`, callbacks and random state do not."""
+        step = run.position.step
+        if step in run.readings.steps and step not in run.read_at:
+            run.read_at.add(step)
+            started = time.perf_counter()
+            chosen = parts.subset(self.eval_dataset, run.readings.examples, seed=self.args.seed)
+            self._emit(self._evaluated(self._measure(chosen), started, occasion="reading"))
+
+    def _measure(self, dataset: Any) -> Evaluation:
+        return parts.measure(
+            self.model,
+            dataset,
+            collate=self.data_collator,
+            arguments=self.args,
+            objective=self._objective(),
+            precision=self._precision,
+            after_batch=self._after_evaluated_batch,
+        )
+
+    def _after_evaluated_batch(self) -> None:
+        self._signals.poll()
+        self._callbacks.fire("on_prediction_step")
+
+    def _evaluated(
+        self,
+        measured: Evaluation,
+        started: float,
+        *,
+        name: str = "eval",
+        occasion: Literal["asked", "reading"] = "asked",
+    ) -> Evaluated:
+        return Evaluated(
+            name=name,
+            step=self.state.global_step,
+            epoch=float(self.state.epoch or 0),
+            loss=measured.loss,
+            supervised_tokens=measured.supervised,
+            examples=measured.examples,
+            seconds=time.perf_counter() - started,
+            occasion=occasion,
+        )
+
+    # ---- beginning, saving, ending -------------------------------------------------------------
+
+    def _begin(self, signals: Signals, resumed: Path | None) -> Session:
+        """The run's parts, at its start or at the checkpoint's position."""
+        if self.train_dataset is None:
+            raise ConfigError(
+                "Trainer.train: there is no training set.", fix="Trainer(..., train_dataset=...)."
+            )
+        collate = parts.columns_kept(self.data_collator, self.model, arguments=self.args)
+        steps = parts.training_loader(self.train_dataset, collate, arguments=self.args)
+        plan = parts.plan(self.args, steps)
+        engine, notice = parts.engine(
+            self.model,
+            self._objective(),
+            arguments=self.args,
+            precision=self._precision,
+            steps=plan.steps,
+            given=self._given_optimizers,
+        )
+        self.optimizer, self.lr_scheduler = engine.updater.optimizer, engine.schedule
+        self._callbacks.begin(
+            max_steps=plan.steps, epochs=plan.epochs, batch_size=self.args.train_batch_size
+        )
+        self._callbacks.shown(
+            model=self.model,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            train_dataloader=steps,
+        )
+        run = Session(
+            plan=plan,
+            engine=engine,
+            loader=steps,
+            progress=Progress(limit=self.args.max_nonfinite_steps),
+            signals=signals,
+            readings=parts.readings(
+                plan, self.args, train=self.train_dataset, held_out=self.eval_dataset
+            ),
+            started=time.time(),
+        )
+        self._signals = signals
+        if resumed is not None:
+            run.resume(resumed)
+            self._callbacks.resume(str(resumed / "trainer_state.json"))
+            self.say(f"resuming {resumed} at step {run.position.step}")
+        self._announce(run, notice)
+        return run
+
+    def _announce(self, run: Session, optimizer_notice: str) -> None:
+        for notice in (*self.args.notices, self._precision.notice, optimizer_notice):
+            self.say(notice)
+        if run.readings.examples:
+            self.say(
+                f"eval_dataset without eval_strategy: the loss on {run.readings.examples} of its "
+                f"examples is read {len(run.readings.steps)} times, within 5% of the run's cost"
+            )
+        trainable, total = adapters.trainable_share(self.model)
+        self._emit(
+            RunStarted(
+                examples=parts.examples_of(self.train_dataset),
+                examples_per_step=self.args.effective_batch_size,
+                batch_size=self.args.per_device_train_batch_size,
+                accumulation=self.args.gradient_accumulation_steps,
+                processes=1,
+                steps=run.plan.steps,
+                first_step=run.position.step,
+                epochs=run.plan.steps / (run.plan.steps_per_epoch or run.plan.steps),
+                trainable_parameters=trainable,
+                parameters=total,
+                device=str(self._precision.device),
+                precision=str(self._precision),
+                layout=self.args.layout,
+            )
+        )
+
+    def _save_checkpoint(self, run: Session) -> Path:
+        folder = Path(self.args.output_dir) / f"checkpoint-{run.position.step}"
+        if self.state.best_global_step == run.position.step:
+            self.state.best_model_checkpoint = str(folder)
+
+        def write_files(partial: Path) -> None:
+            adapters.save_adapter(self.model, partial, tokenizer=self.processing_class)
+            self._callbacks.keep_state(str(partial / "trainer_state.json"))
+
+        size = run.save(folder, write_files, whole=not self.args.save_only_model)
+        self._emit(Saved(str(folder), run.position.step, size))
+        if self.args.save_total_limit:
+            best = self.state.best_model_checkpoint
+            kept = {Path(best)} if best else set[Path]()
+            store.rotate(folder.parent, keep=self.args.save_total_limit, protected=kept)
+        return folder
+
+    def _interrupted(self, run: Session, asked: Asked) -> None:
+        """Save at the last finished step, say how to resume, and raise."""
+        run.abandon_step()
+        self._emit_all(run.progress.read())
+        step = run.position.step
+        if step == 0:
+            message = f"Stopped by {asked} before the first step: there is nothing to save yet."
+        else:
+            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
+            if store.fault(folder):
+                self._save_checkpoint(run)
+            message = f"Stopped by {asked} at step {step} of {run.plan.steps}; saved {folder}.\n"
+            message += f"Resume: {self.resume_command}"
+        self._end(run, "interrupted")
+        if asked.number == signal.SIGINT:
+            raise KeyboardInterrupt(message) from None
+        raise TrainingInterrupted(message) from None
+
+    def _finish(self, run: Session) -> TrainOutput:
+        steps = run.position.step - run.progress.first_step
+        examples = steps * self.args.effective_batch_size
+        metrics = speed_metrics("train", run.started, num_samples=examples, num_steps=steps)
+        metrics |= {"total_flos": self.state.total_flos, "train_loss": run.progress.mean_loss}
+        self.log(metrics)
+        restored = ""
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            restored = str(self.state.best_model_checkpoint)
+            adapters.load_adapter_state(self.model, adapters.read_adapter_state(Path(restored)))
+        self._callbacks.fire("on_train_end")
+        stopped = run.position.step < run.plan.steps
+        self._end(run, "stopped" if stopped else "finished", restored=restored)
+        return TrainOutput(run.position.step, run.progress.mean_loss, metrics)
+
+    def _end(self, run: Session, reason: Any, *, restored: str = "") -> None:
+        self._emit(
+            RunEnded(
+                step=run.position.step,
+                epoch=run.epoch(),
+                loss=run.progress.mean_loss,
+                seconds=time.time() - run.started,
+                reason=reason,
+                restored=restored,
+            )
+        )
+
+    def _checkpoint_to_resume(self, wanted: bool | str | None) -> Path | None:
+        if not wanted:
+            return None
+        if wanted is not True and wanted != "auto":
+            return Path(str(wanted))
+        found, skipped = store.newest(Path(self.args.output_dir))
+        for line in skipped:
+            self.say(line)
+        if found is None and wanted is True:
+            raise ConfigError(
+                f"There is no whole checkpoint in {self.args.output_dir} to resume.",
+                fix="resume_from_checkpoint='auto' starts afresh where there is none.",
+            )
+        return found
+
+    # ---- small parts ---------------------------------------------------------------------------
+
+    def _objective(self) -> Objective:
+        overridden: parts.Overridden = "compute_loss_func" if self.compute_loss_func else ""
+        if type(self).compute_loss is not Trainer.compute_loss:
+            overridden = "compute_loss"
+
+        def compute_loss(
+            model: nn.Module, inputs: dict[str, Any], *, count: int | None
+        ) -> tuple[Tensor, Any]:
+            return self.compute_loss(model, inputs, True, count)
+
+        return parts.objective(self.model, compute_loss, arguments=self.args, overridden=overridden)
+
+    def _layout(self, objective: Objective, batches: Sequence[Any]) -> list[MicroBatch]:
+        return as_given(batches, shifted=objective.shifted, label_names=self.label_names)
+
+    def say(self, text: str) -> None:
+        """Tell observers one line, if there is one."""
+        if text:
+            self._emit(Notice(text))
+
+    def _emit(self, event: Event) -> None:
+        for observer in self.observers:
+            observer(event)
+
+    def _emit_all(self, events: Sequence[Event]) -> None:
+        for event in events:
+            self._emit(event)
+
+
+def _metric_name(arguments: TrainingArguments) -> str:
+    name = arguments.metric_for_best_model or "loss"
+    return name if name.startswith("eval_") else f"eval_{name}"

@@ -1,0 +1,31 @@
+"""What every test may lean on: no network, and the shared real data where it lies."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models: LORAFIT_SHARED, else ../shared beside the repository.
+
+    Absent, its tests are skipped; with LORAFIT_REQUIRE_SHARED=1, as in .ci/run, they fail.
+    """
+    folder = Path(os.environ.get("LORAFIT_SHARED") or ROOT.parent / "shared").resolve()
+    if folder.is_dir():
+        return folder
+    reason = f"no shared data at {folder}: set LORAFIT_SHARED to its folder"
+    if os.environ.get("LORAFIT_REQUIRE_SHARED") == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(shared: Path) -> Path:
+    """A really pretrained Llama of 260,032 parameters, with its tokenizer."""
+    return shared / "models" / "stories260K"

@@ -1,0 +1,116 @@
+"""Order and position: the order transformers' Trainer draws, and O(1) resuming."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from torch.utils.data import IterableDataset
+
+from lorafit.data.loader import (
+    Batches,
+    Loader,
+    Workers,
+    in_order,
+    keeping,
+    lengths_of,
+    order,
+    order_by_length,
+)
+from lorafit.errors import ConfigError
+
+
+def loader(rows: int, *, drop_last: bool = False, workers: Workers | None = None) -> Loader:
+    return Loader(
+        list(range(rows)),
+        list,
+        batches=Batches(2, per_step=3, drop_last=drop_last),
+        ordering=lambda epoch: order(rows, seed=7, epoch=epoch),
+        workers=workers,
+    )
+
+
+@pytest.mark.parametrize("epoch", [0, 1, 5])
+def test_order_is_accelerates(epoch: int) -> None:
+    sampler = SeedableRandomSampler(range(31), generator=torch.Generator(), data_seed=7)
+    sampler.set_epoch(epoch)
+    assert order(31, seed=7, epoch=epoch) == list(sampler)
+
+
+def test_steps_cover_an_epoch_once_and_the_last_is_short() -> None:
+    steps = list(loader(16).steps(0))
+    assert [len(step.batches) for step in steps] == [3, 3, 2]
+    assert [row for step in steps for batch in step.batches for row in batch] == order(
+        16, seed=7, epoch=0
+    )
+    assert [row for step in steps for row in step.examples] == order(16, seed=7, epoch=0)
+
+
+def test_drop_last_drops_a_short_batch_only() -> None:
+    assert sum(len(s.examples) for s in loader(15, drop_last=True).steps(0)) == 14
+    assert loader(15, drop_last=True).steps_per_epoch == 3
+    assert loader(15).batches_per_epoch == 8
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2, 3])
+def test_skipping_is_the_rest_of_the_same_epoch(skip: int) -> None:
+    whole = [step.batches for step in loader(16).steps(2)]
+    assert [step.batches for step in loader(16).steps(2, skip=skip)] == whole[skip:]
+
+
+def test_global_random_state_is_untouched() -> None:
+    before = torch.get_rng_state()
+    list(loader(16).steps(0))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_workers_give_the_same_batches() -> None:
+    alone = [s.batches for epoch in (0, 1) for s in loader(9).steps(epoch)]
+    many = loader(9, workers=Workers(num_workers=2, persistent=True))
+    assert [s.batches for epoch in (0, 1) for s in many.steps(epoch)] == alone
+
+
+class Stream(IterableDataset[int]):
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(100 * self.epoch, 100 * self.epoch + 7))
+
+
+def test_streams_are_skipped_by_reading() -> None:
+    stream = Loader(Stream(), list, batches=Batches(2, per_step=2), ordering=lambda epoch: [])
+    assert stream.steps_per_epoch is None
+    whole = [[[100, 101], [102, 103]], [[104, 105], [106]]]
+    assert [step.batches for step in stream.steps(1)] == whole
+    assert [step.batches for step in stream.steps(1, skip=1)] == whole[1:]
+
+
+def test_order_by_length_is_a_permutation_with_the_longest_first() -> None:
+    lengths = [(13 * i) % 97 + 1 for i in range(500)]
+    chosen = order_by_length(lengths, group=8, seed=1, epoch=0)
+    assert sorted(chosen) == list(range(500))
+    assert lengths[chosen[0]] == max(lengths)
+    assert chosen != order_by_length(lengths, group=8, seed=1, epoch=1)
+    padded = sum(8 * max(lengths[i] for i in chosen[s : s + 8]) for s in range(0, 496, 8))
+    assert padded < 1.15 * sum(lengths)
+
+
+def test_lengths_come_from_the_column_or_the_ids() -> None:
+    assert lengths_of([{"length": 4, "input_ids": [1]}, {"input_ids": [1, 2]}], "length") == [4, 2]  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="row 0 has neither"):
+        lengths_of([{"text": "a"}], "length")  # type: ignore[arg-type]
+
+
+def test_keeping_drops_columns_of_dicts_only() -> None:
+    collate = keeping(["a"], list)
+    assert collate([{"a": 1, "b": 2}]) == [{"a": 1}]
+    assert collate([{"b": 2}]) == [{"b": 2}]
+    assert collate([(1, 2)]) == [(1, 2)]
+
+
+def test_in_order() -> None:
+    assert list(in_order(list(range(5)), list, batch_size=2)) == [[0, 1], [2, 3], [4]]

@@ -1,0 +1,103 @@
+"""Updates: bf16 parameters have fp32 masters, bad gradients are never applied, decay groups."""
+
+import pytest
+import torch
+from torch import nn
+
+from lorafit.arguments import TrainingArguments
+from lorafit.engine import optim
+from lorafit.errors import ConfigError
+
+CPU = torch.device("cpu")
+
+
+def model(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)).to(dtype)
+
+
+def updater(module: nn.Module, **given: object) -> optim.Updater:
+    arguments = TrainingArguments("out", learning_rate=0.1, **given)
+    return optim.build(module, arguments, device=CPU)[0]
+
+
+@pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_changes_nothing(name: str, bad: float) -> None:
+    module = model()
+    made = updater(module, optim=name)
+    module(torch.ones(2, 4)).sum().backward()
+    made.apply(torch.tensor(True))
+    before = [p.detach().clone() for p in module.parameters()]
+    state = {k: str(v) for k, v in made.optimizer.state_dict()["state"].items()}
+    for p in module.parameters():
+        p.grad = torch.full_like(p, bad)
+    norm = made.norm(max_norm=1.0)
+    assert not torch.isfinite(norm)
+    made.apply(torch.isfinite(norm))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert state == {k: str(v) for k, v in made.optimizer.state_dict()["state"].items()}
+    made.zero()
+    module(torch.ones(2, 4)).pow(2).sum().backward()
+    made.apply(torch.tensor(True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_small_updates_of_bf16_parameters_are_not_lost() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(module.weight)
+    module = module.bfloat16()
+    made = optim.build(
+        module, TrainingArguments("out", learning_rate=1e-3, optim="sgd"), device=CPU
+    )[0]
+    for _ in range(8):
+        made.zero()
+        module(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
+        made.apply(torch.tensor(True))
+    # each update of 0.001 is below bf16's spacing at 1 (0.0039) and would round away
+    assert module.weight.dtype == torch.bfloat16
+    assert module.weight.item() == pytest.approx(0.992, abs=0.002)
+    assert made.parameters()[0].item() == pytest.approx(0.992, abs=1e-6)
+
+
+def test_bf16_gradients_of_micro_batches_add_up_in_fp32() -> None:
+    module = nn.Linear(1, 1, bias=False).bfloat16()
+    made = updater(module, optim="sgd")
+    for _ in range(1000):
+        module(torch.full((1, 1), 1.0, dtype=torch.bfloat16)).sum().backward()
+    assert made.parameters()[0].grad.item() == 1000  # type: ignore[union-attr]
+    assert module.weight.grad is None
+
+
+def test_state_with_masters_round_trips() -> None:
+    module = model(torch.bfloat16)
+    made = updater(module)
+    module(torch.ones(2, 4, dtype=torch.bfloat16)).float().pow(2).sum().backward()
+    made.apply(torch.tensor(True))
+    again = updater(model(torch.bfloat16))
+    again.load_state_dict(made.state_dict())
+    for a, b in zip(made.parameters(), again.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_norms_and_biases_take_no_weight_decay() -> None:
+    groups = updater(model(), weight_decay=0.1).optimizer.param_groups
+    assert [(g["weight_decay"], len(g["params"])) for g in groups] == [(0.1, 1), (0.0, 3)]
+
+
+def test_paged_without_a_gpu_is_plain_adamw_and_says_so() -> None:
+    arguments = TrainingArguments("out", optim="paged_adamw_32bit")
+    made, notice = optim.build(model(), arguments, device=CPU)
+    assert type(made.optimizer) is torch.optim.AdamW
+    assert "nothing lost" in notice and "0.0 MB" in notice
+
+
+def test_optim_args_reach_the_optimiser() -> None:
+    made = updater(model(), optim="sgd", optim_args="momentum=0.9, nesterov=True")
+    assert made.optimizer.param_groups[0]["momentum"] == 0.9
+    assert made.optimizer.param_groups[0]["nesterov"] is True
+
+
+def test_nothing_trainable_is_refused() -> None:
+    with pytest.raises(ConfigError, match="No parameter"):
+        updater(model().requires_grad_(False))

@@ -1,0 +1,107 @@
+"""docs/arguments.md and docs/compat.md, made from the panels and the tables of names.
+
+`python -m tests.pages` rewrites them; test_arguments.py and test_compat.py hold them to it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lorafit.arguments import ONCE, PANELS, PYTHON_ONLY, TrainingArguments
+from lorafit.names import ALIASES, DIFFERENT, NO_OPS, OLD_VALUES, REFUSED
+from lorafit.panel import Knob, spoken
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def arguments_page() -> str:
+    """docs/arguments.md: every knob with default, recipe, range and help."""
+    parts = [
+        "# Arguments",
+        "Made from `src/lorafit/arguments.py` by `python -m tests.pages`; do not edit.",
+        "A knob is a flag (`--learning-rate`), a key of a YAML file (`learning_rate: 2e-4`) and a "
+        "keyword in Python. Python starts from *default*, which is transformers' own; the command "
+        "line and `TrainingArguments.recipe(...)` start from *recipe*. Flags win over the file. A "
+        "configuration file is one flat mapping: no sections, anchors or tags, each key once.",
+        f"Knobs under *{PYTHON_ONLY}* serve scripts; those under *{ONCE}* are left out of the "
+        "`config.yaml` that a run writes.",
+    ]
+    for panel in PANELS:
+        parts += [f"## {panel.__name__}", (panel.__doc__ or "").splitlines()[0]]
+        for group, knobs in groupby(panel.knobs.values(), key=lambda knob: knob.group):
+            head = ("knob", "holds", "default", "recipe", "what it does")
+            parts += [f"### {group}", table(head, map(_knob_row, knobs))]
+    return "\n\n".join(parts) + "\n"
+
+
+def compat_page() -> str:
+    """docs/compat.md: what becomes of every name of transformers' TrainingArguments."""
+    import transformers
+
+    current = [field.name for field in fields(transformers.TrainingArguments)]
+    ours = [name for name in TrainingArguments.knobs if name not in current]
+    dropped = [name for name in {**ALIASES, **NO_OPS, **REFUSED} if name not in current]
+    head = ("transformers", "here", "how")
+    values = ((f"`{name}={old!r}`", "alias", f"`{new!r}`")
+              for (name, old), new in OLD_VALUES.items())  # fmt: skip
+    return "\n\n".join(
+        [
+            "# transformers' TrainingArguments in lorafit",
+            "Made from `src/lorafit/names.py` by `python -m tests.pages`; do not edit.",
+            "*same*: name, meaning and default are transformers'. *alias*: taken as another name. "
+            "*different*: honoured, but not quite as there. *no effect*: accepted, and one line "
+            "says why nothing is lost. *refused*: an error with the reason, unless the value asks "
+            "for nothing (`push_to_hub=False`).",
+            f"## The {len(current)} fields of transformers 5.23",
+            table(head, map(_name_row, current)),
+            "## Names that transformers dropped since 4.40, and Seq2SeqTrainingArguments' own",
+            table(head, [*map(_name_row, dropped), *values]),
+            "## lorafit's own",
+            ", ".join(f"`{name}`" for name in ours) + ": see [arguments](arguments.md).",
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _knob_row(knob: Knob) -> tuple[str, ...]:
+    recipe = "" if knob.recipe == knob.default else _value(knob.recipe)
+    return f"`{knob.name}`", _holds(knob), _value(knob.default), recipe, knob.help
+
+
+def _holds(knob: Knob) -> str:
+    if knob.choices:
+        return ", ".join(f"`{choice}`" for choice in knob.choices)
+    low, high = knob.span
+    limits = f"from {low:g}" if low is not None else ""
+    limits += f" to below {high:g}" if high is not None else ""
+    return ", ".join(part for part in (spoken(knob.kind), limits, knob.unit) if part)
+
+
+def _value(value: Any) -> str:
+    return "" if value in (None, "") else f"`{value}`"
+
+
+def _name_row(name: str) -> tuple[str, ...]:
+    """Exactly one of the tables, or the panel, has the name."""
+    if name in ALIASES:
+        alias = ALIASES[name]
+        pairs = (f"`{old!r}` is `{new!r}`" for old, new in alias.values if new is not None)
+        return f"`{name}`", "alias", "; ".join([f"`{alias.to}`", *pairs])
+    if name in NO_OPS:
+        return f"`{name}`", "no effect", NO_OPS[name].why
+    if name in REFUSED:
+        return f"`{name}`", "refused", f"{REFUSED[name].why} {REFUSED[name].instead}"
+    return f"`{name}`", *(("different", DIFFERENT[name]) if name in DIFFERENT else ("same", ""))
+
+
+if __name__ == "__main__":
+    DOCS.mkdir(exist_ok=True)
+    (DOCS / "arguments.md").write_text(arguments_page(), encoding="utf-8")
+    (DOCS / "compat.md").write_text(compat_page(), encoding="utf-8")
