@@ -32,7 +32,7 @@ SCHEDULES = (
     "warmup_stable_decay", "reduce_lr_on_plateau",
 )  # fmt: skip
 LOG_LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
-SHAPES = ("auto", "messages", "conversations", "instruction", "question", "prompt", "text")
+SHAPES = ("auto", "messages", "conversations", "instruction", "question", "completion", "text")
 INTERVALS = ("no", "steps", "epoch")
 FROM_0, FROM_1, PART = (0, None), (1, None), (0, 1)
 PYTHON_ONLY = "Python only"

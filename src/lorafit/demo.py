@@ -46,8 +46,8 @@ def run(folder: Path) -> None:
         after = answer(tuned, questions, sampling=sampling)
     _show(terminal, questions, before, after)
     terminal.print(
-        f"\nEvaluation loss {readings[0]:.3f} before and {min(readings):.3f} after, nats per token; "
-        f"the adapter is {(trained / adapters.ADAPTER).stat().st_size / 1e6:.1f} MB in {trained}"
+        f"\nEvaluation loss: {readings[0]:.3f} nats per token before, {min(readings):.3f} after. "
+        f"The adapter is {(trained / adapters.ADAPTER).stat().st_size / 1e6:.1f} MB in {trained}"
     )
     terminal.print(
         "Next: lorafit train --model FOLDER_OR_ID --data YOUR_FILE.jsonl", highlight=False

@@ -6,6 +6,9 @@ The trainer emits them in order; the journal writes each as one line, the consol
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+Reason = Literal["finished", "stopped", "interrupted", "non-finite"]
+"""Why a run ended."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunStarted:
@@ -110,7 +113,7 @@ class RunEnded:
     epoch: float
     loss: float
     seconds: float
-    reason: Literal["finished", "stopped", "interrupted", "non-finite"]
+    reason: Reason
     restored: str = ""
 
 

@@ -47,8 +47,7 @@ class Job:
             store.clear_run(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(dump(self.settings), encoding="utf-8")
-        for note in self.notes:
-            self.trainer.say(note)
+        self.trainer.observers.say(*self.notes)
         self.trainer.train(arguments.resume_from_checkpoint)
         self.trainer.save_model(str(folder))
         return folder
@@ -68,6 +67,7 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
     rows = rows or read_rows(data, seed=settings.training.seed)
     shape = formats.detect(
         [*rows.train, *rows.evaluation],
+        wanted=data.shape,
         prompt_field=data.prompt_field,
         answer_field=data.answer_field,
     )

@@ -6,7 +6,7 @@ things happen.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -195,7 +195,8 @@ def engine(
 def readings(plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: Any) -> Readings:
     """The automatic readings of a script that passes an evaluation set alone. None for streams,
     for named sets, and where `eval_strategy` was written out."""
-    asked = arguments.was_set("eval_strategy") or isinstance(held_out, dict)
+    written = arguments.was_set("eval_strategy") or arguments.eval_strategy != "no"
+    asked = written or isinstance(held_out, dict)
     size = examples_of(held_out)
     if asked or not size or plan.steps_per_epoch is None:
         return Readings(frozenset(), 0)
@@ -246,6 +247,22 @@ def examples_of(dataset: Any) -> int | None:
         return len(dataset)
     except TypeError:
         return None
+
+
+def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) -> float:
+    """The value of `metric_for_best_model`.
+
+    Raises:
+        ConfigError: it is not among `metrics`.
+    """
+    name = arguments.metric_for_best_model or "loss"
+    name = name if name.startswith("eval_") else f"eval_{name}"
+    if name not in metrics:
+        raise ConfigError(
+            f"metric_for_best_model={name!r} is not among the metrics: {', '.join(metrics)}.",
+            fix="Name one of them.",
+        )
+    return metrics[name]
 
 
 def is_better(value: float, best: float | None, *, greater: bool | None) -> bool:

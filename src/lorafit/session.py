@@ -1,25 +1,51 @@
 """One call of `train`: its parts, where it stands, and how both are kept and taken up again.
 
-Owns position and random state; the numbers of the run are `run/progress.py`'s. Decides nothing:
-the trainer does.
+Owns position and random state, and what happens inside a step besides arithmetic; the numbers of
+the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.step import Engine
+from lorafit.events import Reason, RunEnded, RunStarted
 from lorafit.model import adapters
 from lorafit.parts import Plan
 from lorafit.run import checkpoint
+from lorafit.run.callbacks import Callbacks
 from lorafit.run.checkpoint import Position, RunState
 from lorafit.run.progress import Progress
 from lorafit.run.signals import Signals
 
 START = Position(0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What happens inside a step besides arithmetic: signals are polled, callbacks told."""
+
+    callbacks: Callbacks
+    signals: Signals
+
+    def after_micro_batch(self, *, last: bool) -> None:
+        """After each backward; may raise `Asked`."""
+        self.signals.poll()
+        if not last:
+            self.callbacks.fire("on_substep_end")
+
+    def before_update(self) -> None:
+        """Gradients are summed and clipped."""
+        self.callbacks.fire("on_pre_optimizer_step")
+
+    def after_update(self) -> None:
+        """The optimiser has stepped; the schedule has not."""
+        self.callbacks.fire("on_optimizer_step")
 
 
 @dataclass
@@ -54,6 +80,36 @@ class Session:
         here = self.position
         self.position = Position(here.step + 1, here.epoch, here.in_epoch + 1)
         self.step_began = None
+
+    def started_event(self, arguments: TrainingArguments, examples: int | None) -> RunStarted:
+        """What will be run, for observers."""
+        trainable, total = adapters.trainable_share(self.engine.model)
+        return RunStarted(
+            examples=examples,
+            examples_per_step=arguments.effective_batch_size,
+            batch_size=arguments.per_device_train_batch_size,
+            accumulation=arguments.gradient_accumulation_steps,
+            processes=1,
+            steps=self.plan.steps,
+            first_step=self.position.step,
+            epochs=self.plan.steps / (self.plan.steps_per_epoch or self.plan.steps),
+            trainable_parameters=trainable,
+            parameters=total,
+            device=str(self.engine.precision.device),
+            precision=str(self.engine.precision),
+            layout=arguments.layout,
+        )
+
+    def ended_event(self, reason: Reason, *, restored: str = "") -> RunEnded:
+        """Where and why the run ended, for observers."""
+        return RunEnded(
+            step=self.position.step,
+            epoch=self.epoch(),
+            loss=self.progress.mean_loss,
+            seconds=time.time() - self.started,
+            reason=reason,
+            restored=restored,
+        )
 
     def abandon_step(self) -> None:
         """Forget the step that was begun, if one was: its gradients and its random numbers."""

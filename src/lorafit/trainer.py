@@ -7,50 +7,33 @@ nothing itself (the engine does) and draws nothing (observers do). The loop is `
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
 from lorafit.arguments import TrainingArguments
+from lorafit.engine import objective as objectives
 from lorafit.engine import precision
 from lorafit.engine.evaluation import Evaluation
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Objective
 from lorafit.errors import ConfigError, TrainingInterrupted
-from lorafit.events import Evaluated, Event, Notice, RunEnded, RunStarted, Saved
+from lorafit.events import Saved
 from lorafit.model import adapters, base
 from lorafit.model.noise import noisy_embeddings
-from lorafit.run import store
+from lorafit.run import checkpoint, store
 from lorafit.run.callbacks import Callbacks, TrainOutput, speed_metrics
 from lorafit.run.console import Console
 from lorafit.run.journal import Journal
+from lorafit.run.observers import Observers, evaluated
 from lorafit.run.progress import Progress, TooManySkipped
 from lorafit.run.signals import Asked, Signals, listening
-from lorafit.session import Position, Session
-
-
-@dataclass(frozen=True)
-class _Watch:
-    """What happens inside a step besides arithmetic: signals are polled, callbacks told."""
-
-    callbacks: Callbacks
-    signals: Signals
-
-    def after_micro_batch(self, *, last: bool) -> None:
-        self.signals.poll()
-        if not last:
-            self.callbacks.fire("on_substep_end")
-
-    def before_update(self) -> None:
-        self.callbacks.fire("on_pre_optimizer_step")
-
-    def after_update(self) -> None:
-        self.callbacks.fire("on_optimizer_step")
+from lorafit.session import Position, Session, Watch
 
 
 class Trainer:
@@ -113,9 +96,7 @@ class Trainer:
         self.optimizer, self.lr_scheduler = optimizers
         self.label_names = base.label_names(self.model, self.args.label_names)
         self.contract: dict[str, Any] = {}
-        self.observers: list[Callable[[Event], None]] = [
-            Console(live=self.args.disable_tqdm is not True)
-        ]
+        self.observers = Observers([Console(live=self.args.disable_tqdm is not True)])
         self.resume_command = "trainer.train(resume_from_checkpoint=True)"
         self._given_optimizers = optimizers
         self._signals = Signals()
@@ -187,11 +168,13 @@ class Trainer:
                 "out.",
                 fix="Run one training per setting; each is a process of its own.",
             )
-        resumed = self._checkpoint_to_resume(resume_from_checkpoint)
+        output = Path(self.args.output_dir)
+        resumed, skipped = checkpoint.to_resume(output, resume_from_checkpoint)
+        self.observers.say(*skipped)
         if self.model_init is not None:
             compat.set_seed(self.args.seed, deterministic=self.args.full_determinism)
             self.model = base.place(self.model_init(), self.args.device)
-        journal = Journal(Path(self.args.output_dir))
+        journal = Journal(output)
         self.observers.append(journal)
         try:
             with (
@@ -227,14 +210,14 @@ class Trainer:
             for name, part in chosen.items():
                 merged |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return merged
-        started = time.perf_counter()
         measured = self._measure(chosen)
-        event = self._evaluated(measured, started, name=metric_key_prefix)
-        self._emit(event)
+        self.observers.tell(
+            evaluated(measured, self.state, name=metric_key_prefix, occasion="asked")
+        )
         metrics = {f"{metric_key_prefix}_loss": measured.loss}
         metrics |= speed_metrics(
             metric_key_prefix,
-            time.time() - event.seconds,
+            time.time() - measured.seconds,
             num_samples=measured.examples,
             num_steps=math.ceil(measured.examples / self.args.per_device_eval_batch_size),
         )
@@ -267,20 +250,14 @@ class Trainer:
         Returns:
             A scalar, or (scalar, outputs) with `return_outputs`.
         """
-        labels = inputs.pop("labels", None) if self.compute_loss_func else None
-        if num_items_in_batch is not None and base.accepts_count(self.model):
-            inputs = {**inputs, "num_items_in_batch": num_items_in_batch}
-        outputs = model(**inputs)
-        if self.compute_loss_func:
-            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=num_items_in_batch)
-        elif isinstance(outputs, Mapping) and "loss" not in outputs:
-            raise ConfigError(
-                f"{type(model).__name__} returned no loss, only {', '.join(outputs)}; it was given "
-                f"{', '.join(inputs)}.",
-                fix="Give rows the labels its forward needs, or pass compute_loss_func.",
-            )
-        else:
-            loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+        accepts = num_items_in_batch is not None and base.accepts_count(self.model)
+        loss, outputs = objectives.own_loss(
+            model,
+            inputs,
+            function=self.compute_loss_func,
+            count=num_items_in_batch,
+            passed_on=accepts,
+        )
         return (loss, outputs) if return_outputs else loss
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -293,7 +270,7 @@ class Trainer:
             tokenizer=self.processing_class,
             contract={"base": base.identity(self.model), **self.contract},
         )
-        self._emit(Saved(str(folder), self.state.global_step, store.bytes_of(folder)))
+        self.observers.tell(Saved(str(folder), self.state.global_step, store.bytes_of(folder)))
 
     def save_state(self) -> None:
         """Write trainer_state.json to `output_dir`."""
@@ -313,12 +290,12 @@ class Trainer:
                 self._epoch(run, epoch)
                 if self.control.should_training_stop:
                     break
-            self._emit_all(run.progress.read())
+            self.observers.tell(*run.progress.read())
         except Asked as asked:
             self._interrupted(run, asked)
         except TooManySkipped as too_many:
-            self._emit_all(too_many.events)
-            self._end(run, "non-finite")
+            self.observers.tell(*too_many.events)
+            self.observers.tell(run.ended_event("non-finite"))
             raise
         finally:
             run.engine.updater.close()
@@ -328,7 +305,7 @@ class Trainer:
     def _epoch(self, run: Session, epoch: int) -> None:
         """Step through what is left of `epoch`; after each step do what is due."""
         run.position = replace(run.position, epoch=epoch)
-        watch = _Watch(self._callbacks, run.signals)
+        watch = Watch(self._callbacks, run.signals)
         self._callbacks.fire("on_epoch_begin")
         for step in run.loader.steps(epoch, skip=run.position.in_epoch):
             self._callbacks.fire("on_step_begin")
@@ -357,13 +334,11 @@ class Trainer:
         """Log, evaluate, save: what the callbacks' control asks for, numbers read beforehand."""
         asked = self.control
         if read or asked.should_log or asked.should_evaluate or asked.should_save:
-            self._emit_all(run.progress.read())
+            self.observers.tell(*run.progress.read())
         if asked.should_log:
             self._log_window(run)
         if self.control.should_evaluate:
-            best = self._is_best(self._evaluate_and_schedule(run))
-            if self.args.save_strategy == "best":
-                self.control.should_save = best
+            self._evaluate_in_run(run)
         if self.control.should_save:
             self._save_checkpoint(run)
             self._callbacks.fire("on_save")
@@ -374,7 +349,7 @@ class Trainer:
         if logged is None:
             return
         self.state.num_input_tokens_seen = run.progress.tokens
-        self._emit(logged)
+        self.observers.tell(logged)
         self.log(
             {
                 "loss": logged.loss,
@@ -383,28 +358,19 @@ class Trainer:
             }
         )
 
-    def _evaluate_and_schedule(self, run: Session) -> dict[str, float]:
+    def _evaluate_in_run(self, run: Session) -> None:
+        """Evaluate; remember what is best, and move a schedule that follows the metric."""
         metrics = self.evaluate()
-        if isinstance(run.engine.schedule, ReduceLROnPlateau):
-            run.engine.schedule.step(metrics[_metric_name(self.args)])
-        return metrics
-
-    def _is_best(self, metrics: Mapping[str, float]) -> bool:
-        """Whether `metric_for_best_model` is better than ever; remembered in the state."""
         if self.args.metric_for_best_model is None:
-            return False
-        name = _metric_name(self.args)
-        if name not in metrics:
-            raise ConfigError(
-                f"metric_for_best_model={name!r} is not among the metrics: {', '.join(metrics)}.",
-                fix="Name one of them.",
-            )
-        greater = self.args.greater_is_better
-        better = parts.is_better(metrics[name], self.state.best_metric, greater=greater)
-        if better:
-            self.state.best_metric = metrics[name]
-            self.state.best_global_step = self.state.global_step
-        return better
+            return
+        value, state = parts.deciding_metric(self.args, metrics), self.state
+        if isinstance(run.engine.schedule, ReduceLROnPlateau):
+            run.engine.schedule.step(value)
+        best = parts.is_better(value, state.best_metric, greater=self.args.greater_is_better)
+        if best:
+            state.best_metric, state.best_global_step = value, state.global_step
+        if self.args.save_strategy == "best":
+            self.control.should_save = best
 
     def _read_if_due(self, run: Session) -> None:
         """The readings that a script gets by passing an evaluation set alone: journal and terminal
@@ -412,9 +378,9 @@ class Trainer:
         step = run.position.step
         if step in run.readings.steps and step not in run.read_at:
             run.read_at.add(step)
-            started = time.perf_counter()
             chosen = parts.subset(self.eval_dataset, run.readings.examples, seed=self.args.seed)
-            self._emit(self._evaluated(self._measure(chosen), started, occasion="reading"))
+            measured = self._measure(chosen)
+            self.observers.tell(evaluated(measured, self.state, name="eval", occasion="reading"))
 
     def _measure(self, dataset: Any) -> Evaluation:
         return parts.measure(
@@ -430,25 +396,6 @@ class Trainer:
     def _after_evaluated_batch(self) -> None:
         self._signals.poll()
         self._callbacks.fire("on_prediction_step")
-
-    def _evaluated(
-        self,
-        measured: Evaluation,
-        started: float,
-        *,
-        name: str = "eval",
-        occasion: Literal["asked", "reading"] = "asked",
-    ) -> Evaluated:
-        return Evaluated(
-            name=name,
-            step=self.state.global_step,
-            epoch=float(self.state.epoch or 0),
-            loss=measured.loss,
-            supervised_tokens=measured.supervised,
-            examples=measured.examples,
-            seconds=time.perf_counter() - started,
-            occasion=occasion,
-        )
 
     # ---- beginning, saving, ending -------------------------------------------------------------
 
@@ -494,36 +441,10 @@ class Trainer:
         if resumed is not None:
             run.resume(resumed)
             self._callbacks.resume(str(resumed / "trainer_state.json"))
-            self.say(f"resuming {resumed} at step {run.position.step}")
-        self._announce(run, notice)
+            self.observers.say(f"resuming {resumed} at step {run.position.step}")
+        self.observers.say(*self.args.notices, self._precision.notice, notice, run.readings.notice)
+        self.observers.tell(run.started_event(self.args, parts.examples_of(self.train_dataset)))
         return run
-
-    def _announce(self, run: Session, optimizer_notice: str) -> None:
-        for notice in (*self.args.notices, self._precision.notice, optimizer_notice):
-            self.say(notice)
-        if run.readings.examples:
-            self.say(
-                f"eval_dataset without eval_strategy: the loss on {run.readings.examples} of its "
-                f"examples is read {len(run.readings.steps)} times, within 5% of the run's cost"
-            )
-        trainable, total = adapters.trainable_share(self.model)
-        self._emit(
-            RunStarted(
-                examples=parts.examples_of(self.train_dataset),
-                examples_per_step=self.args.effective_batch_size,
-                batch_size=self.args.per_device_train_batch_size,
-                accumulation=self.args.gradient_accumulation_steps,
-                processes=1,
-                steps=run.plan.steps,
-                first_step=run.position.step,
-                epochs=run.plan.steps / (run.plan.steps_per_epoch or run.plan.steps),
-                trainable_parameters=trainable,
-                parameters=total,
-                device=str(self._precision.device),
-                precision=str(self._precision),
-                layout=self.args.layout,
-            )
-        )
 
     def _save_checkpoint(self, run: Session) -> Path:
         folder = Path(self.args.output_dir) / f"checkpoint-{run.position.step}"
@@ -535,7 +456,7 @@ class Trainer:
             self._callbacks.keep_state(str(partial / "trainer_state.json"))
 
         size = run.save(folder, write_files, whole=not self.args.save_only_model)
-        self._emit(Saved(str(folder), run.position.step, size))
+        self.observers.tell(Saved(str(folder), run.position.step, size))
         if self.args.save_total_limit:
             best = self.state.best_model_checkpoint
             kept = {Path(best)} if best else set[Path]()
@@ -545,7 +466,7 @@ class Trainer:
     def _interrupted(self, run: Session, asked: Asked) -> None:
         """Save at the last finished step, say how to resume, and raise."""
         run.abandon_step()
-        self._emit_all(run.progress.read())
+        self.observers.tell(*run.progress.read())
         step = run.position.step
         if step == 0:
             message = f"Stopped by {asked} before the first step: there is nothing to save yet."
@@ -555,7 +476,7 @@ class Trainer:
                 self._save_checkpoint(run)
             message = f"Stopped by {asked} at step {step} of {run.plan.steps}; saved {folder}.\n"
             message += f"Resume: {self.resume_command}"
-        self._end(run, "interrupted")
+        self.observers.tell(run.ended_event("interrupted"))
         if asked.number == signal.SIGINT:
             raise KeyboardInterrupt(message) from None
         raise TrainingInterrupted(message) from None
@@ -572,35 +493,9 @@ class Trainer:
             adapters.load_adapter_state(self.model, adapters.read_adapter_state(Path(restored)))
         self._callbacks.fire("on_train_end")
         stopped = run.position.step < run.plan.steps
-        self._end(run, "stopped" if stopped else "finished", restored=restored)
+        reason = "stopped" if stopped else "finished"
+        self.observers.tell(run.ended_event(reason, restored=restored))
         return TrainOutput(run.position.step, run.progress.mean_loss, metrics)
-
-    def _end(self, run: Session, reason: Any, *, restored: str = "") -> None:
-        self._emit(
-            RunEnded(
-                step=run.position.step,
-                epoch=run.epoch(),
-                loss=run.progress.mean_loss,
-                seconds=time.time() - run.started,
-                reason=reason,
-                restored=restored,
-            )
-        )
-
-    def _checkpoint_to_resume(self, wanted: bool | str | None) -> Path | None:
-        if not wanted:
-            return None
-        if wanted is not True and wanted != "auto":
-            return Path(str(wanted))
-        found, skipped = store.newest(Path(self.args.output_dir))
-        for line in skipped:
-            self.say(line)
-        if found is None and wanted is True:
-            raise ConfigError(
-                f"There is no whole checkpoint in {self.args.output_dir} to resume.",
-                fix="resume_from_checkpoint='auto' starts afresh where there is none.",
-            )
-        return found
 
     # ---- small parts ---------------------------------------------------------------------------
 
@@ -618,21 +513,3 @@ class Trainer:
 
     def _layout(self, objective: Objective, batches: Sequence[Any]) -> list[MicroBatch]:
         return as_given(batches, shifted=objective.shifted, label_names=self.label_names)
-
-    def say(self, text: str) -> None:
-        """Tell observers one line, if there is one."""
-        if text:
-            self._emit(Notice(text))
-
-    def _emit(self, event: Event) -> None:
-        for observer in self.observers:
-            observer(event)
-
-    def _emit_all(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self._emit(event)
-
-
-def _metric_name(arguments: TrainingArguments) -> str:
-    name = arguments.metric_for_best_model or "loss"
-    return name if name.startswith("eval_") else f"eval_{name}"

@@ -37,6 +37,13 @@ def test_no_answer_occurs_twice_and_no_module_stands_on_both_sides(splits: Split
     assert all(is_held_out(row.module) for row in evaluation)
 
 
+def test_no_evaluation_answer_stands_in_a_source_that_training_reads(splits: Splits) -> None:
+    for module, file in sources():
+        if not is_held_out(module):
+            text = " ".join(file.read_text("utf-8", "replace").split())
+            assert not [row for row in splits[1] if row.answer in text]
+
+
 def test_rows_are_named_sentences_that_stand_where_they_say(splits: Splits) -> None:
     files: dict[str, list[Path]] = {}
     for module, file in sources():

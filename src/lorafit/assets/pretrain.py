@@ -51,17 +51,19 @@ class Reading:
     held_out_bits_per_byte: float
 
 
-def corpus() -> tuple[list[str], list[str]]:
+def corpus(head: int) -> tuple[list[str], list[str]]:
     """(training, held-out) documents: source files, and docstrings as a help page shows them."""
     documents: dict[bool, list[str]] = {False: topics(), True: []}
     for module, file in sources():
-        documents[is_held_out(module)] += [source(file), *help_pages(definitions(module, file))]
+        held_out = is_held_out(module)
+        text = source(file, HEAD if held_out else head)
+        documents[held_out] += [text, *help_pages(definitions(module, file))]
     return documents[False], documents[True]
 
 
-def source(file: Path) -> str:
+def source(file: Path, head: int) -> str:
     """The head of a source file as one document: much of every module rather than all of a few."""
-    return file.read_text(encoding="utf-8", errors="replace")[:HEAD].strip()
+    return file.read_text(encoding="utf-8", errors="replace")[:head].strip()
 
 
 def help_pages(found: Iterator[Definition]) -> Iterator[str]:
@@ -240,14 +242,22 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--head", type=int, default=HEAD, help="characters read of each source")
+    parser.add_argument("--resume", action="store_true", help="go on from the model in --out")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(options.seed)
-    texts, held_out_texts = corpus()
+    texts, held_out_texts = corpus(options.head)
     random.Random(options.seed).shuffle(texts)  # neighbours in a block should be strangers
-    tokenizer = make_tokenizer(texts)
+    tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(options.out)
+        if options.resume
+        else make_tokenizer(texts)
+    )
     train_blocks, held_out = blocks(tokenizer, texts), blocks(tokenizer, held_out_texts)
     model = make_model(tokenizer)
+    if options.resume:
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(options.out).state_dict())
     bytes_per_token = size(held_out_texts) / (held_out.shape[0] * CONTEXT)
     facts = {
         "python": platform.python_version(),
@@ -269,7 +279,8 @@ def main() -> None:
     model.bfloat16().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out, save_jinja_files=False)
     report = options.out.parent / f"{options.out.name}_training.json"
-    report.write_text(json.dumps({**facts, "curve": curve}, indent=1) + "\n")
+    stages = json.loads(report.read_text())["stages"] if options.resume else []
+    report.write_text(json.dumps({"stages": [*stages, {**facts, "curve": curve}]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

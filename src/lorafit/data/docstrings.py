@@ -86,19 +86,21 @@ def pairs(
     """(training rows, evaluation rows), the latter from held-out modules only.
 
     The same Python gives the same rows in the same order (by a hash of the question). No answer
-    occurs twice, and no evaluation answer documents anything outside the held-out modules.
+    occurs twice, and no evaluation answer stands anywhere in a source outside the held-out modules.
 
     Raises:
         DataError: this Python carries too few of its own sources.
     """
-    rows = sorted(_rows(), key=lambda row: sha256(row.question.encode()).digest())
-    seen: set[str] = set()
+    elsewhere, seen = _training_text(), set[str]()
     kept: dict[bool, list[QuestionAnswer]] = {False: [], True: []}
-    for held_out in (False, True):  # training first: what it documents bars it from evaluation
-        for row in rows:
-            if is_held_out(row.module) == held_out and not {row.question, row.answer} & seen:
-                seen |= {row.question, row.answer}
-                kept[held_out].append(row)
+    wanted = {False: train, True: evaluation}
+    for row in sorted(_rows(), key=lambda row: sha256(row.question.encode()).digest()):
+        side = is_held_out(row.module)
+        if len(kept[side]) == wanted[side] or {row.question, row.answer} & seen:
+            continue
+        if not (side and row.answer in elsewhere):
+            seen |= {row.question, row.answer}
+            kept[side].append(row)
     if len(kept[False]) < train or len(kept[True]) < evaluation:
         raise DataError(
             f"{library()} gives {len(kept[False])} rows to train on and {len(kept[True])} to"
@@ -106,7 +108,7 @@ def pairs(
             why="The rows are parsed from the standard library's sources, which this Python lacks.",
             fix="Use a Python that keeps its .py files (python.org, uv, pyenv, conda, Debian).",
         )
-    return kept[False][:train], kept[True][:evaluation]
+    return kept[False], kept[True]
 
 
 def is_held_out(module: str) -> bool:
@@ -168,6 +170,11 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
     if isinstance(node, ast.ClassDef):
         return f"({', '.join(map(ast.unparse, node.bases))})"
     return f"({ast.unparse(node.args)})"
+
+
+def _training_text() -> str:
+    files = (file for module, file in sources() if not is_held_out(module))
+    return " ".join(" ".join(file.read_text("utf-8", "replace").split()) for file in files)
 
 
 def _rows() -> Iterator[QuestionAnswer]:

@@ -87,11 +87,14 @@ _SHAPES = (
 )
 
 
-def detect(rows: Sequence[Row], *, prompt_field: str = "", answer_field: str = "") -> Shape:
+def detect(
+    rows: Sequence[Row], *, wanted: str = "auto", prompt_field: str = "", answer_field: str = ""
+) -> Shape:
     """The one shape that all `rows` have.
 
     Args:
         rows: At least one.
+        wanted: A kind of shape that they must have; "auto" for the first that fits.
         prompt_field: The field that holds the question, under the user's own name.
         answer_field: The field that holds the answer, likewise; either alone is enough where the
             other is called `question` or `answer`.
@@ -101,6 +104,8 @@ def detect(rows: Sequence[Row], *, prompt_field: str = "", answer_field: str = "
     """
     if prompt_field or answer_field:
         shape = Shape("question", (prompt_field or "question", answer_field or "answer"))
+    elif wanted != "auto":
+        shape = next(shape for shape in _SHAPES if shape.kind == wanted)
     else:
         shape = _shape_of(rows[0])
     for row in rows:

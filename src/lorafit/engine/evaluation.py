@@ -5,6 +5,7 @@ wanted; otherwise memory does not grow with the set. Also decides which automati
 within their share of a run. Knows no files and no optimiser.
 """
 
+import time
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ class Evaluation:
     loss: float
     supervised: int
     examples: int
+    seconds: float
 
 
 def evaluate(
@@ -43,6 +45,7 @@ def evaluate(
     home = torch.device("cpu") if precision.device.type == "mps" else precision.device
     nats = torch.zeros((), dtype=torch.float64, device=home)
     count = examples = 0
+    started = time.perf_counter()
     with measuring(model):
         for batch in batches:
             placed = batch.to(precision.device)
@@ -53,7 +56,7 @@ def evaluate(
             examples += batch.rows
             if keep is not None:
                 keep(placed, measured.logits)
-    return Evaluation(_mean(nats, count), count, examples)
+    return Evaluation(_mean(nats, count), count, examples, time.perf_counter() - started)
 
 
 def _mean(nats: Tensor, count: int) -> float:
@@ -86,6 +89,16 @@ class Readings:
 
     steps: frozenset[int]
     examples: int
+
+    @property
+    def notice(self) -> str:
+        """One line about them; empty where there are none."""
+        if not self.examples:
+            return ""
+        return (
+            f"eval_dataset without eval_strategy: the loss on {self.examples} of its examples is "
+            f"read {len(self.steps)} times, within 5% of the run's cost"
+        )
 
 
 def plan_readings(*, steps: int, steps_per_epoch: int, examples: int, held_out: int) -> Readings:

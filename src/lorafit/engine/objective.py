@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lorafit.engine.layout import MicroBatch
+from lorafit.errors import ConfigError
 from lorafit.kernels.cross_entropy import summed_nats
 
 
@@ -100,6 +101,40 @@ def own(compute_loss: ComputeLoss, *, divided: bool, shifted: bool) -> Objective
         return Measured(loss * count, count, logits_of(outputs))
 
     return Objective(part, measure, shifted)
+
+
+def own_loss(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    *,
+    function: Callable[..., Tensor] | None,
+    count: int | None,
+    passed_on: bool,
+) -> tuple[Tensor, Any]:
+    """The loss that the module returns, or that `function(outputs, labels, ...)` makes of what it
+    returns; with its outputs.
+
+    Args:
+        count: Supervised tokens of the step, None in evaluation.
+        passed_on: Whether the module's forward takes the count as `num_items_in_batch`.
+
+    Raises:
+        ConfigError: the module returns no loss.
+    """
+    labels = inputs.pop("labels", None) if function else None
+    given = {**inputs, "num_items_in_batch": count} if passed_on else inputs
+    outputs = model(**given)
+    if function:
+        return function(outputs, labels, num_items_in_batch=count), outputs
+    if isinstance(outputs, Mapping):
+        if outputs.get("loss") is None:
+            raise ConfigError(
+                f"{type(model).__name__} returned no loss, only {', '.join(outputs)}; it was given "
+                f"{', '.join(inputs)}.",
+                fix="Give rows the labels its forward needs, or pass compute_loss_func.",
+            )
+        return outputs["loss"], outputs
+    return outputs if isinstance(outputs, Tensor) else outputs[0], outputs
 
 
 def logits_of(outputs: Any) -> Any:

@@ -102,6 +102,30 @@ def load(folder: Path) -> RunState:
     )
 
 
+def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Path | None, list[str]]:
+    """The checkpoint that `resume_from_checkpoint` means, and one line for each that was skipped.
+
+    Args:
+        folder: The run's output folder.
+        wanted: True for the newest whole one there, a path, "auto" for True or None; None or False
+            to start afresh.
+
+    Raises:
+        UsageError: True, and there is none.
+    """
+    if not wanted:
+        return None, []
+    if wanted is not True and wanted != "auto":
+        return Path(str(wanted)), []
+    found, skipped = store.newest(folder)
+    if found is None and wanted is True:
+        raise UsageError(
+            f"There is no whole checkpoint in {folder} to resume.",
+            fix="resume_from_checkpoint='auto' starts afresh where there is none.",
+        )
+    return found, skipped
+
+
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: Python's, NumPy's, torch's on each device."""
     version, words, gauss = random.getstate()
