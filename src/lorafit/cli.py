@@ -9,14 +9,15 @@ import inspect
 import shlex
 import sys
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console as Terminal
 
 from lorafit import config
-from lorafit.arguments import PANELS
+from lorafit.arguments import PANELS, PYTHON_ONLY
 from lorafit.errors import LorafitError, TrainingInterrupted, UsageError
 from lorafit.panel import Knob
 
@@ -32,24 +33,37 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the `lorafit` command."""
-    terminal = Terminal(stderr=True, highlight=False, soft_wrap=True)
-    try:
-        app(standalone_mode=False)
-    except TrainingInterrupted as stopped:
-        terminal.print(str(stopped), markup=False)
-        sys.exit(143)
-    except KeyboardInterrupt as stopped:
-        terminal.print(str(stopped) or "Stopped.", markup=False)
-        sys.exit(130)
-    except LorafitError as error:
-        terminal.print(f"error: {error}", markup=False)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
+    app()
+
+
+def _exits(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with its errors told on stderr and turned into exit codes."""
+
+    @wraps(command)
+    def told(*values: Any, **given: Any) -> None:
+        try:
+            command(*values, **given)
+        except TrainingInterrupted as stopped:
+            _leave(str(stopped), 143)
+        except KeyboardInterrupt as stopped:
+            _leave(str(stopped) or "Stopped.", 130)
+        except LorafitError as error:
+            _leave(f"error: {error}", 2 if isinstance(error, UsageError) else 1)
+
+    return told
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    Terminal(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    raise typer.Exit(code)
 
 
 def _options() -> Iterator[inspect.Parameter]:
     """One option for each knob of the three panels, under its group's heading."""
     for panel in PANELS:
         for knob in panel.knobs.values():
+            if knob.group == PYTHON_ONLY:
+                continue
             option = typer.Option(
                 knob.flag if _kind(knob) is not bool else f"{knob.flag}/{_no(knob)}",
                 help=_help(knob),
@@ -96,6 +110,7 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.command()
 @_with_options
+@_exits
 def train(
     settings: Annotated[
         Path | None, typer.Argument(help="A YAML file of arguments; flags win over it.")
@@ -122,6 +137,7 @@ def _resume_command() -> str:
 
 
 @app.command()
+@_exits
 def generate(
     adapter: Annotated[str, typer.Option(help="The folder of a trained adapter.")],
     prompt: Annotated[list[str], typer.Option(help="What to ask; repeat it for several.")],
@@ -154,6 +170,7 @@ def generate(
 
 
 @app.command()
+@_exits
 def demo(
     output_dir: Annotated[Path, typer.Option(help="Where to write the run.")] = Path(
         "lorafit-demo"

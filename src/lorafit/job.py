@@ -45,7 +45,7 @@ class Job:
         folder = Path(arguments.output_dir)
         if arguments.overwrite:
             store.clear_run(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        store.make_folder(folder)
         (folder / "config.yaml").write_text(dump(self.settings), encoding="utf-8")
         self.trainer.observers.say(*self.notes)
         self.trainer.train(arguments.resume_from_checkpoint)
@@ -63,6 +63,7 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
         UsageError: whatever the user got wrong, before anything is written.
     """
     check_folder(settings)
+    base.check_base(settings.model.model)
     data, chosen = settings.data, settings.model
     rows = rows or read_rows(data, seed=settings.training.seed)
     shape = formats.detect(
@@ -101,7 +102,7 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
         "shape": "chat" if shape.is_chat else "raw",
         "chat_template": tokenizer.chat_template,
         "stop_ids": list(stops),
-        "data": rows.note,
+        "data": {"rows": rows.note, **_fingerprint(data.data)},
         "lorafit": version("lorafit"),
     }
     notes = (
@@ -111,6 +112,12 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
         *settings.notices,
     )
     return Job(trainer, settings, notes)
+
+
+def _fingerprint(name: str) -> dict[str, str]:
+    """The hash of a data file; nothing for folders and Hub names."""
+    file = Path(name)
+    return {"sha256": store.sha256(file)} if file.is_file() else {}
 
 
 def check_folder(settings: Settings) -> None:

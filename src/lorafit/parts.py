@@ -6,7 +6,7 @@ things happen.
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -270,3 +270,9 @@ def is_better(value: float, best: float | None, *, greater: bool | None) -> bool
     if math.isnan(value):
         return False
     return best is None or (value > best if greater else value < best)
+
+
+def last_evaluation(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last `eval_loss` that was logged; empty where there is none."""
+    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
+    return {"eval_loss": losses[-1]} if losses else {}

@@ -25,6 +25,7 @@ from lorafit.engine.objective import Objective
 from lorafit.errors import ConfigError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.model import adapters, base
+from lorafit.model.card import model_card
 from lorafit.model.noise import noisy_embeddings
 from lorafit.run import checkpoint, store
 from lorafit.run.callbacks import Callbacks, TrainOutput, speed_metrics
@@ -262,13 +263,15 @@ class Trainer:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (the whole model without one), tokenizer, card and contract."""
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = store.make_folder(Path(output_dir or self.args.output_dir))
+        metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}
+        contract = {"base": base.identity(self.model), "metrics": metrics, **self.contract}
         adapters.save_adapter(
             self.model,
             folder,
             tokenizer=self.processing_class,
-            contract={"base": base.identity(self.model), **self.contract},
+            contract=contract,
+            card=model_card(contract),
         )
         self.observers.tell(Saved(str(folder), self.state.global_step, store.bytes_of(folder)))
 

@@ -145,10 +145,9 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 def blocks(tokenizer: PreTrainedTokenizerFast, documents: list[str]) -> torch.Tensor:
     """Documents end to end, each closed by `END`, as (blocks, CONTEXT + 1) token ids."""
-    bpe = tokenizer.backend_tokenizer
     ids: list[int] = []
-    for encoding in bpe.encode_batch(documents):
-        ids += [*encoding.ids, bpe.token_to_id(END)]
+    for encoding in tokenizer.backend_tokenizer.encode_batch([text + END for text in documents]):
+        ids += encoding.ids
     count = (len(ids) - 1) // CONTEXT
     return torch.tensor(ids[: count * CONTEXT + 1]).unfold(0, CONTEXT + 1, CONTEXT)
 

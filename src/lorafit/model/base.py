@@ -41,6 +41,18 @@ INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+def check_base(name: str) -> None:
+    """Nothing, if `name` may be a whole causal language model: a folder is looked into, a Hub id
+    is taken at its word.
+
+    Raises:
+        ModelError: as `load_model`.
+    """
+    folder = _folder(name)
+    if folder:
+        _check_folder(folder)
+
+
 def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: bool = False) -> Any:
     """The tokenizer of a folder or Hub id: one of transformers', which all answer alike.
 

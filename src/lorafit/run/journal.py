@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.events import Event
-from lorafit.run.store import JOURNAL
+from lorafit.run.store import JOURNAL, make_folder
 
 
 class Journal:
     """An open journal; call it with each event. Lines are flushed as they are written."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / JOURNAL
+        self.path = make_folder(folder) / JOURNAL
         self._file = self.path.open("a", encoding="utf-8")
 
     def __call__(self, event: Event) -> None:

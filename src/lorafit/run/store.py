@@ -158,6 +158,22 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def make_folder(folder: Path) -> Path:
+    """`folder`, made with its parents if it was not there.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"The output folder {folder} cannot be made: {error.strerror}.",
+            fix="Choose another folder with --output-dir.",
+        ) from error
+    return folder
+
+
 def check_free(folder: Path) -> None:
     """Nothing, if no run lies in `folder`.
 

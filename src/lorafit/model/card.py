@@ -1,0 +1,46 @@
+"""The model card: the README.md beside an adapter, made from its contract."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def model_card(contract: Mapping[str, Any]) -> str:
+    """Markdown with the front matter that the Hugging Face Hub reads.
+
+    Args:
+        contract: What `lorafit.json` holds; `base` at least.
+    """
+    base, metrics = contract.get("base", {}), contract.get("metrics", {})
+    name = base.get("name") or base.get("model_type") or "its base"
+    facts = {
+        "Base": f"{name} ({base.get('parameters', 0):,} parameters, {base.get('dtype', '')})",
+        "Data": contract.get("data", {}).get("rows", "not recorded"),
+        "Steps": metrics.get("step", 0),
+        "Evaluation loss": _nats(metrics.get("eval_loss")),
+        "Answers end with token": contract.get("stop_ids", ["not recorded"])[0],
+    }
+    lines = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    return f"""---
+base_model: {name}
+library_name: peft
+tags: [lora, lorafit]
+---
+
+# A LoRA adapter for {name}
+
+| | |
+|---|---|
+{lines}
+
+Load it with peft, or ask it:
+
+```
+lorafit generate --adapter THIS_FOLDER --prompt "..."
+```
+
+Trained with lorafit. `lorafit.json` holds the adapter's contract: base, chat template, stop tokens.
+"""
+
+
+def _nats(loss: float | None) -> str:
+    return "not recorded" if loss is None else f"{loss:.4f} nats per supervised token"

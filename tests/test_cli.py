@@ -1,0 +1,166 @@
+"""The command line as a careless newcomer uses it: every mistake ends in one clear message.
+
+Run in this process through typer's runner; what must hold of a fresh process (signals, imports) is
+run in one.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from lorafit import cli
+from lorafit.run import store
+
+
+def invoke(*words: object) -> Result:
+    return CliRunner().invoke(cli.app, [str(word) for word in words])
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    """Twenty short questions."""
+    file = tmp_path / "rows.jsonl"
+    lines = (json.dumps({"question": f"Who is {n}?", "answer": f"A cat, {n}."}) for n in range(20))
+    file.write_text("\n".join(lines))
+    return file
+
+
+QUICK = ("--max-steps", 2, "--per-device-train-batch-size", 1, "--lora-r", 2, "--max-eval-rows", 4)
+
+
+def test_train_then_generate(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = invoke("train", "--model", tiny_llama, "--data", rows, "--output-dir", out, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert "4 per step (1 x 4 accumulated x 1 process)" in done.output
+    assert "lorafit generate --adapter" in done.output
+    held = {path.name for path in out.iterdir()}
+    assert held >= {
+        "config.yaml", "journal.jsonl", "adapter_model.safetensors", "adapter_config.json",
+        "tokenizer.json", "README.md", "lorafit.json",
+    }  # fmt: skip
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert resolved["max_steps"] == 2 and resolved["lora_r"] == 2 and resolved["lora_alpha"] == 32
+    events = [json.loads(line)["event"] for line in (out / "journal.jsonl").open()]
+    assert events.count("StepEnd") == 2 and "Evaluated" in events and events[-1] == "RunEnded"
+    contract = json.loads((out / "lorafit.json").read_text())
+    assert contract["shape"] == "chat" and contract["stop_ids"] and contract["base"]
+
+    answered = invoke(
+        "generate", "--adapter", out, "--prompt", "Who is 3?", "--max-new-tokens", 5, "--compare"
+    )
+    assert answered.exit_code == 0, answered.output
+    assert "base:" in answered.output and "tuned:" in answered.output
+
+
+def test_flags_win_over_the_file(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(f"model: {tiny_llama}\ndata: {rows}\nmax_steps: 9\nlora_r: 3\n")
+    out = tmp_path / "run"
+    done = invoke("train", file, "--output-dir", out, *QUICK)
+    assert done.exit_code == 0, done.output
+    written = (out / "config.yaml").read_text()
+    assert yaml.safe_load(written)["max_steps"] == 2
+    assert "--max-steps" in written and "run.yaml:2" in written
+
+
+MISTAKES = {
+    "missing file": (("--data", "{tmp}/none.jsonl"), "none.jsonl: this file does not exist"),
+    "empty file": (("--data", "{tmp}/empty.jsonl"), "empty.jsonl: this data set is empty"),
+    "broken row": (("--data", "{tmp}/broken.jsonl"), "broken.jsonl:2"),
+    "row without its field": (("--data", "{tmp}/field.jsonl"), "field.jsonl:2: this row has no"),
+    "no such model": (("--model", "{tmp}/nope"), "There is no folder"),
+    "folder that is no model": (("--model", "{tmp}"), "is not a model: it has no config.json"),
+    "no such module": (("--lora-target-modules", "q_prj"), "Did you mean q_proj?"),
+    "folder that is a file": (("--output-dir", "{tmp}/rows.jsonl/run"), "rows.jsonl is a file"),
+    "folder that holds a run": (("--output-dir", "{tmp}/held"), "already holds a run"),
+    "nonsense value": (("--learning-rate", "-1"), "learning_rate=-1.0 is below 0"),
+    "fp16 on a CPU": (("--fp16", "--use-cpu"), "fp16=True needs a CUDA device"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_in_one_message_and_leave_nothing(
+    name: str, tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "a"')
+    (tmp_path / "field.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c"}\n')
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / store.JOURNAL).write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    given, message = MISTAKES[name]
+    usual = {"--model": tiny_llama, "--data": rows, "--output-dir": tmp_path / "run"}
+    words = [str(word).format(tmp=tmp_path) for word in given]
+    for flag, value in usual.items():
+        if flag not in words:
+            words += [flag, str(value)]
+    done = invoke("train", *words, *QUICK)
+    assert done.exit_code == 2, done.output
+    assert message in done.output
+    assert "Traceback" not in done.output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_unknown_flags_and_keys_name_the_nearest(tmp_path: Path) -> None:
+    flag = invoke("train", "--learning-rat", "1")
+    assert flag.exit_code == 2 and "--learning-rate" in flag.output
+    file = tmp_path / "run.yaml"
+    file.write_text("model: a\ndata: b\nlearning_rat: 1e-4\n")
+    key = invoke("train", file)
+    assert key.exit_code == 2 and "run.yaml:3" in key.output
+    assert "Did you mean learning_rate?" in key.output
+
+
+def test_generate_refuses_what_is_no_adapter(tmp_path: Path) -> None:
+    done = invoke("generate", "--adapter", tmp_path, "--prompt", "hello")
+    assert done.exit_code == 2 and "is no adapter" in done.output
+
+
+def test_overwrite_replaces_a_run(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    words = ("train", "--model", tiny_llama, "--data", rows, "--output-dir", tmp_path / "run")
+    assert invoke(*words, *QUICK).exit_code == 0
+    again = invoke(*words, *QUICK, "--overwrite")
+    assert again.exit_code == 0, again.output
+    events = [json.loads(line)["event"] for line in (tmp_path / "run" / "journal.jsonl").open()]
+    assert events.count("RunStarted") == 1
+
+
+def test_ctrl_c_saves_and_the_printed_command_resumes(
+    tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable, "-m", "lorafit", "train", "--model", str(tiny_llama), "--data", str(rows),
+        "--output-dir", str(out), "--max-steps", "400", "--lora-r", "2", "--eval-strategy", "no",
+    ]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    journal = out / "journal.jsonl"
+    while not (journal.exists() and "StepEnd" in journal.read_text()):
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "Traceback" not in said
+    resume = next(line for line in said.splitlines() if line.startswith("Resume: "))
+    assert resume.startswith("Resume: lorafit train --model")
+    saved, _ = store.newest(out)
+    assert saved is not None
+    step = int(saved.name.removeprefix("checkpoint-"))
+    words = [*command[3:], "--max-steps", str(step + 2), "--resume-from-checkpoint", "auto"]
+    done = invoke(*words)
+    assert done.exit_code == 0, done.output
+    steps = [json.loads(line) for line in journal.open()]
+    assert [e["step"] for e in steps if e["event"] == "StepEnd"] == list(range(1, step + 3))

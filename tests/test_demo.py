@@ -1,0 +1,59 @@
+"""The demo's pass marks: it learns the form of an answer, and from the right answers."""
+
+import random
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from lorafit import demo, job
+from lorafit.data.docstrings import begins_like_a_docstring
+from lorafit.data.read import Row
+from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base, open_adapter
+from lorafit.events import Evaluated, Event
+
+pytestmark = pytest.mark.slow
+
+BASE = Path(str(files("lorafit") / "assets" / "base"))
+
+
+def train(folder: Path, rows: job.Rows) -> list[float]:
+    """Evaluation losses in order, the first before training."""
+    prepared = job.prepare(demo.settings(folder, BASE), rows)
+    losses: list[float] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Evaluated):
+            losses.append(event.loss)
+
+    prepared.trainer.observers.append(note)
+    prepared.run()
+    return losses
+
+
+def begun(answers: list[Answer]) -> int:
+    return sum(begins_like_a_docstring(one.text.strip()) for one in answers)
+
+
+def test_pass_marks(tmp_path: Path) -> None:
+    rows = demo.rows()
+    losses = train(tmp_path / "true", rows)
+    assert losses[0] - min(losses[1:]) >= 0.5
+
+    tuned = open_adapter(str(tmp_path / "true"), base=str(BASE))
+    questions = [row.fields["question"] for row in rows.evaluation]
+    sampling = Sampling(max_new_tokens=64)
+    after = answer(tuned, questions, sampling=sampling)
+    assert sum(one.stopped for one in after) >= 90
+    assert begun(after) >= 80
+    assert begun(answer_with_base(tuned, questions, sampling=sampling)) <= 20
+
+    answers = [row.fields["answer"] for row in rows.train]
+    random.Random(0).shuffle(answers)
+    shuffled = [
+        Row({**row.fields, "answer": text}, row.source)
+        for row, text in zip(rows.train, answers, strict=True)
+    ]
+    wrong = train(tmp_path / "shuffled", replace(rows, train=shuffled))
+    assert min(wrong[1:]) > min(losses[1:])
