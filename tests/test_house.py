@@ -24,7 +24,7 @@ PACKAGE = ROOT / "src" / "lorafit"
 
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 9_000, 14_000
 ROOM_CODE = {  # "" is the files at the top, together
-    "": 2_200,
+    "": 2_600,
     "data": 1_400,
     "model": 900,
     "kernels": 1_200,
@@ -49,6 +49,7 @@ DYNAMIC_FUNCTIONS = {
     "trainer.py": 1,
     "arguments.py": 1,  # docs/decisions/0001-rooms.md: old names must be understood when given
     "panel.py": 1,  # the constructor itself
+    "cli.py": 2,  # the options of three panels, and the wrapper that passes them on
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "numpy"}
 

@@ -39,7 +39,9 @@ def test_losses_are_the_golden_ones(tmp_path: Path) -> None:
         use_cpu=True,
         disable_tqdm=True,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows(13) * 3, data_collator=collate)
+    trainer = Trainer(
+        model=model, args=arguments, train_dataset=rows(13) * 3, data_collator=collate
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses == pytest.approx(GOLDEN, rel=1e-5), [round(loss, 7) for loss in losses]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lorafit.errors import LorafitError, TrainingInterrupted, UsageError
     from lorafit.trainer import Trainer
 
+    __version__: str
+
 _HOMES = {
     "DataArguments": "lorafit.arguments",
     "DataCollatorForLanguageModeling": "lorafit.data.collate",
@@ -24,7 +26,7 @@ _HOMES = {
     "UsageError": "lorafit.errors",
 }
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll] __version__ is served by __getattr__
+__all__ = [
     "DataArguments",
     "DataCollatorForLanguageModeling",
     "LorafitError",

@@ -139,6 +139,7 @@ def _resume_command() -> str:
 @app.command()
 @_exits
 def generate(
+    *,
     adapter: Annotated[str, typer.Option(help="The folder of a trained adapter.")],
     prompt: Annotated[list[str], typer.Option(help="What to ask; repeat it for several.")],
     base: Annotated[str, typer.Option(help="The base, where it has moved.")] = "",

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console as Terminal
 
 from lorafit import config, job
-from lorafit.data import docstrings
+from lorafit.data import docstrings, formats
 from lorafit.data.read import Row
 from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base
 from lorafit.events import Evaluated, Event
@@ -44,7 +44,7 @@ def run(folder: Path) -> None:
         sampling = Sampling(max_new_tokens=64)
         before = answer_with_base(tuned, questions, sampling=sampling)
         after = answer(tuned, questions, sampling=sampling)
-    _show(terminal, questions, before, after)
+    _show(terminal, questions, before=before, after=after)
     terminal.print(
         f"\nEvaluation loss: {readings[0]:.3f} nats per token before, {min(readings):.3f} after. "
         f"The adapter is {(trained / adapters.ADAPTER).stat().st_size / 1e6:.1f} MB in {trained}"
@@ -73,10 +73,9 @@ def settings(folder: Path, base: Path) -> config.Settings:
 def rows() -> job.Rows:
     """The embedded data as rows: 500 to train on, 100 from held-out modules to evaluate on."""
     train, evaluation = docstrings.pairs()
-    note = "questions and answers from this Python's standard library"
-    return job.Rows(
-        _as_rows(train), _as_rows(evaluation), f"{len(train)} + {len(evaluation)} {note}"
-    )
+    learned = _as_rows(train)
+    note = f"{len(train)} + {len(evaluation)} rows of this Python's standard library"
+    return job.Rows(learned, _as_rows(evaluation), formats.detect(learned), note)
 
 
 def _as_rows(pairs: Sequence[docstrings.QuestionAnswer]) -> list[Row]:
@@ -92,7 +91,11 @@ def _note_reading(event: Event, readings: list[float]) -> None:
 
 
 def _show(
-    terminal: Terminal, questions: Sequence[str], before: Sequence[Answer], after: Sequence[Answer]
+    terminal: Terminal,
+    questions: Sequence[str],
+    *,
+    before: Sequence[Answer],
+    after: Sequence[Answer],
 ) -> None:
     for question, base, tuned in zip(questions, before, after, strict=True):
         terminal.print(f"\n> {question}", style="bold", markup=False)

@@ -24,10 +24,11 @@ from lorafit.trainer import Trainer
 
 @dataclass(frozen=True)
 class Rows:
-    """What a run trains on and evaluates on; `note` says where they came from."""
+    """What a run trains on and evaluates on, all of one shape; `note` says where it came from."""
 
     train: Sequence[Row]
     evaluation: Sequence[Row]
+    shape: formats.Shape
     note: str
 
 
@@ -66,12 +67,7 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
     base.check_base(settings.model.model)
     data, chosen = settings.data, settings.model
     rows = rows or read_rows(data, seed=settings.training.seed)
-    shape = formats.detect(
-        [*rows.train, *rows.evaluation],
-        wanted=data.shape,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-    )
+    shape = rows.shape
     tokenizer = base.load_tokenizer(
         chosen.model, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
     )
@@ -135,14 +131,19 @@ def check_folder(settings: Settings) -> None:
 def read_rows(data: DataArguments, *, seed: int) -> Rows:
     """The rows that `data` names; some are held back where it names none to evaluate on."""
     rows = read.read_rows(data.data, split=data.split)
-    if data.eval_data:
-        held = read.read_rows(data.eval_data, split=data.split)
-        where = f"{data.data}, evaluated on {data.eval_data}"
-    else:
+    held = read.read_rows(data.eval_data, split=data.split) if data.eval_data else []
+    shape = formats.detect(
+        [*rows, *held],
+        wanted=data.shape,
+        prompt_field=data.prompt_field,
+        answer_field=data.answer_field,
+    )
+    where = f"{data.data}, evaluated on {data.eval_data}"
+    if not held:
         rows, held = examples.hold_out(rows, share=data.eval_share, seed=seed)
         where = f"{data.data}, some held back to evaluate on"
     rows, held = rows[: data.max_rows or None], held[: data.max_eval_rows or None]
-    return Rows(rows, held, f"{len(rows):,} + {len(held):,} rows of {where}")
+    return Rows(rows, held, shape, f"{len(rows):,} + {len(held):,} rows of {where}")
 
 
 def _features(built: Sequence[examples.Example]) -> list[dict[str, Any]]:

@@ -163,7 +163,7 @@ def batches(corpus_blocks: torch.Tensor) -> Iterator[torch.Tensor]:
         yield from corpus_blocks[torch.randperm(len(corpus_blocks))].split(BATCH)
 
 
-def nats(model: LlamaForCausalLM, block: torch.Tensor, length: int = CONTEXT) -> torch.Tensor:
+def nats(model: LlamaForCausalLM, block: torch.Tensor, *, length: int = CONTEXT) -> torch.Tensor:
     """Mean nats per next token, over windows of `length`; matrix products in bf16."""
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(input_ids=block[:, :-1].reshape(-1, length), use_cache=False).logits
@@ -189,8 +189,8 @@ def learning_rate(progress: float, peak: float) -> float:
 def train(
     model: LlamaForCausalLM,
     train_blocks: torch.Tensor,
-    held_out: torch.Tensor,
     *,
+    held_out: torch.Tensor,
     options: argparse.Namespace,
     bytes_per_token: float,
 ) -> Iterator[Reading]:
@@ -214,7 +214,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(progress, options.learning_rate)
         # Short windows are cheaper; the last quarter of the run learns to use the whole context.
-        loss = nats(model, block, CONTEXT // 2 if progress < 0.75 else CONTEXT)
+        loss = nats(model, block, length=CONTEXT // 2 if progress < 0.75 else CONTEXT)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -270,7 +270,11 @@ def main() -> None:
     }
     curve = []
     for reading in train(
-        model, train_blocks, held_out, options=options, bytes_per_token=bytes_per_token
+        model,
+        train_blocks,
+        held_out=held_out,
+        options=options,
+        bytes_per_token=bytes_per_token,
     ):
         curve.append(asdict(reading))
         logging.info(json.dumps(curve[-1]))

@@ -25,11 +25,13 @@ def noisy_embeddings(model: nn.Module, alpha: float | None) -> Generator[None]:
     embedding: nn.Module = base.get_input_embeddings()
     lengths: list[Tensor | None] = [None]
 
-    def remember(_module: nn.Module, _args: Any, named: dict[str, Any]) -> None:
-        mask = named.get("attention_mask")
+    # torch calls hooks by position
+    def remember(_module: nn.Module, *call: Any) -> None:
+        mask = call[1].get("attention_mask")
         lengths[0] = None if mask is None else mask.sum(dim=1)
 
-    def add(module: nn.Module, _args: Any, output_BTD: Tensor) -> Tensor:
+    def add(module: nn.Module, *call: Any) -> Tensor:
+        output_BTD: Tensor = call[1]
         if not module.training:
             return output_BTD
         _, tokens, width = output_BTD.shape

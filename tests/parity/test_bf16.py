@@ -1,0 +1,119 @@
+"""bf16 on a CPU: no further from the fp32 truth than transformers' Trainer is.
+
+One batch's loss cannot judge (errors cancel), so per-token nats and per-tensor gradients of 16
+batches are held against fp32, in root mean square. The Trainer's figures are what accelerate's
+autocast gives on the same model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lorafit import TrainingArguments
+from lorafit.engine import objective as objectives
+from lorafit.engine import precision
+from lorafit.engine.layout import as_given
+from lorafit.engine.objective import Whole
+from tests.parity.side_by_side import collate, make_model, rows
+
+CPU = torch.device("cpu")
+native = pytest.mark.skipif(
+    not precision.native_bf16(CPU), reason="this CPU has no native bf16: training runs in fp32"
+)
+
+
+def batches() -> list[Any]:
+    made = rows(32)
+    return [collate(made[start : start + 2]) for start in range(0, 32, 2)]
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    taken = [parameter.grad.double() for parameter in trainable(model)]
+    model.zero_grad()
+    return taken
+
+
+def token_nats(logits: Tensor, labels: Tensor) -> Tensor:
+    kept = labels[:, 1:] != -100
+    return functional.cross_entropy(
+        logits[:, :-1][kept].float(), labels[:, 1:][kept], reduction="none"
+    )
+
+
+@contextmanager
+def logits_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The logits of each forward inside."""
+    seen: list[Tensor] = []
+    hook = model.register_forward_hook(lambda module, args, out: seen.append(out["logits"]))
+    yield seen
+    hook.remove()
+
+
+def ours(model: nn.Module, *, bf16: bool) -> tuple[Tensor, list[Tensor]]:
+    """Nats of every token, and the gradients of each batch, as the engine computes them."""
+    chosen = precision.choose(TrainingArguments("out", bf16=bf16, use_cpu=True), CPU)
+    objective = objectives.summed()
+    nats: list[Tensor] = []
+    taken: list[Tensor] = []
+    for batch in batches():
+        micro = as_given([batch], shifted=True)[0]
+        with logits_of(model) as logits, chosen.autocast():
+            part = objective.part(model, micro, whole=Whole(micro.supervised, 1))
+        part.backward()
+        nats.append(token_nats(logits[0].detach(), batch["labels"]))
+        taken += gradients(model)
+    return torch.cat(nats), taken
+
+
+def theirs(model: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    """The same as transformers' Trainer computes them: accelerate's autocast around the forward."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    wrapped = Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+    nats: list[Tensor] = []
+    taken: list[Tensor] = []
+    for batch in batches():
+        count = (batch["labels"][:, 1:] != -100).sum()
+        out = wrapped(**batch, num_items_in_batch=count)
+        out["loss"].backward()
+        nats.append(token_nats(out["logits"].detach(), batch["labels"]))
+        taken += gradients(model)
+    AcceleratorState._reset_state(True)
+    return torch.cat(nats), taken
+
+
+def root_mean_square(errors: Tensor) -> float:
+    return float(errors.double().pow(2).mean().sqrt())
+
+
+def relative(a: list[Tensor], truth: list[Tensor]) -> Tensor:
+    return torch.stack([(x - y).norm() / y.norm() for x, y in zip(a, truth, strict=True)])
+
+
+@native
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_errors_are_no_larger_than_the_trainers(name: str, tiny_llama: Path) -> None:
+    model = make_model(name, tiny_llama)
+    model.eval()
+    for parameter in trainable(model):  # B starts at zero, where A has no gradient
+        nn.init.normal_(parameter, std=0.05)
+    true_nats, true_gradients = ours(model, bf16=False)
+    our_nats, our_gradients = ours(model, bf16=True)
+    their_nats, their_gradients = theirs(model)
+    assert root_mean_square(our_nats - true_nats) > 0
+    assert root_mean_square(our_nats - true_nats) <= 1.1 * root_mean_square(their_nats - true_nats)
+    assert root_mean_square(relative(our_gradients, true_gradients)) <= 1.1 * root_mean_square(
+        relative(their_gradients, true_gradients)
+    )
