@@ -10,13 +10,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 ROOT = Path(__file__).parent.parent
 
 
+def shared_folder() -> Path:
+    """Where the shared data should be."""
+    return Path(os.environ.get("LORAFIT_SHARED") or ROOT.parent / "shared").resolve()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and models: LORAFIT_SHARED, else ../shared beside the repository.
 
     Absent, its tests are skipped; with LORAFIT_REQUIRE_SHARED=1, as in .ci/run, they fail.
     """
-    folder = Path(os.environ.get("LORAFIT_SHARED") or ROOT.parent / "shared").resolve()
+    folder = shared_folder()
     if folder.is_dir():
         return folder
     reason = f"no shared data at {folder}: set LORAFIT_SHARED to its folder"
