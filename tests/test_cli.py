@@ -83,6 +83,7 @@ MISTAKES = {
     "folder that is a file": (("--output-dir", "{tmp}/rows.jsonl/run"), "rows.jsonl is a file"),
     "folder that holds a run": (("--output-dir", "{tmp}/held"), "already holds a run"),
     "nonsense value": (("--learning-rate", "-1"), "learning_rate=-1.0 is below 0"),
+    "nothing to evaluate on": (("--eval-share", "0"), "holds nothing back"),
     "fp16 on a CPU": (("--fp16", "--use-cpu"), "fp16=True needs a CUDA device"),
 }
 
@@ -123,6 +124,14 @@ def test_unknown_flags_and_keys_name_the_nearest(tmp_path: Path) -> None:
 def test_generate_refuses_what_is_no_adapter(tmp_path: Path) -> None:
     done = invoke("generate", "--adapter", tmp_path, "--prompt", "hello")
     assert done.exit_code == 2 and "is no adapter" in done.output
+
+
+def test_evaluation_can_be_turned_off(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    off = ("--eval-share", 0, "--eval-strategy", "no")
+    done = invoke("train", "--model", tiny_llama, "--data", rows, "--output-dir", out, *off, *QUICK)
+    assert done.exit_code == 0, done.output
+    assert "Evaluated" not in (out / "journal.jsonl").read_text()
 
 
 def test_overwrite_replaces_a_run(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:

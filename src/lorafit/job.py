@@ -17,6 +17,7 @@ from lorafit.data.collate import PadCollator
 from lorafit.data.examples import Truncation
 from lorafit.data.read import Row
 from lorafit.data.template import Supervise
+from lorafit.errors import ConfigError
 from lorafit.model import adapters, base
 from lorafit.run import store
 from lorafit.trainer import Trainer
@@ -67,6 +68,7 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
     base.check_base(settings.model.model)
     data, chosen = settings.data, settings.model
     rows = rows or read_rows(data, seed=settings.training.seed)
+    _check_evaluation(rows, settings)
     shape = rows.shape
     tokenizer = base.load_tokenizer(
         chosen.model, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
@@ -76,22 +78,17 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
     tokenizer.chat_template = template.chat_template_of(tokenizer)
     model = base.load_model(chosen)
     limit = data.max_length or base.context_length(model)
-    train, evaluation = (
-        examples.build(
-            [formats.sample(row, shape) for row in part],
-            tokenizer,
-            max_length=limit,
-            truncation=cast(Truncation, data.truncation),
-            supervise=cast(Supervise, data.supervise),
-        )
-        for part in (rows.train, rows.evaluation)
+    train = _encoded(rows.train, shape, tokenizer=tokenizer, data=data, limit=limit)
+    held = rows.evaluation
+    evaluation = (
+        _encoded(held, shape, tokenizer=tokenizer, data=data, limit=limit) if held else None
     )
     trainer = Trainer(
         model=adapters.attach(model, chosen),
         args=settings.training,
         data_collator=PadCollator(stops[0], side=tokenizer.padding_side),
         train_dataset=_features(train.examples),
-        eval_dataset=_features(evaluation.examples),
+        eval_dataset=_features(evaluation.examples) if evaluation else None,
         processing_class=tokenizer,
     )
     trainer.contract |= {
@@ -104,10 +101,20 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
     notes = (
         f"{rows.note}; {shape}",
         f"train: {train.report}",
-        f"evaluation: {evaluation.report}",
+        f"evaluation: {evaluation.report if evaluation else 'none'}",
         *settings.notices,
     )
     return Job(trainer, settings, notes)
+
+
+def _check_evaluation(rows: Rows, settings: Settings) -> None:
+    if not rows.evaluation and settings.training.eval_strategy != "no":
+        raise ConfigError(
+            "eval_share=0 holds nothing back, and eval_strategy="
+            f"{settings.training.eval_strategy!r} needs an evaluation set.",
+            why="Without one nobody can say when the adapter begins to memorise.",
+            fix="Leave --eval-share out, name --eval-data, or write --eval-strategy no.",
+        )
 
 
 def _fingerprint(name: str) -> dict[str, str]:
@@ -138,12 +145,31 @@ def read_rows(data: DataArguments, *, seed: int) -> Rows:
         prompt_field=data.prompt_field,
         answer_field=data.answer_field,
     )
-    where = f"{data.data}, evaluated on {data.eval_data}"
-    if not held:
+    where = data.data
+    if held:
+        where += f", evaluated on {data.eval_data}"
+    elif data.eval_share:
         rows, held = examples.hold_out(rows, share=data.eval_share, seed=seed)
-        where = f"{data.data}, some held back to evaluate on"
+        where += ", some held back to evaluate on"
     rows, held = rows[: data.max_rows or None], held[: data.max_eval_rows or None]
     return Rows(rows, held, shape, f"{len(rows):,} + {len(held):,} rows of {where}")
+
+
+def _encoded(
+    rows: Sequence[Row],
+    shape: formats.Shape,
+    *,
+    tokenizer: Any,
+    data: DataArguments,
+    limit: int | None,
+) -> examples.Built:
+    return examples.build(
+        [formats.sample(row, shape) for row in rows],
+        tokenizer,
+        max_length=limit,
+        truncation=cast(Truncation, data.truncation),
+        supervise=cast(Supervise, data.supervise),
+    )
 
 
 def _features(built: Sequence[examples.Example]) -> list[dict[str, Any]]:
