@@ -23,7 +23,7 @@ help:  ## list the verbs
 	@touch $@
 
 demo: .venv/.runtime  ## train the embedded model on real questions, offline, and show what changed
-	$(BIN)/lorafit demo
+	$(BIN)/lorafit demo --overwrite
 
 test: .venv/.dev  ## run the tests: minutes, no network, no GPU
 	$(BIN)/pytest -q -m 'not gpu and not slow'

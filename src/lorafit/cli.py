@@ -173,11 +173,13 @@ def generate(
 @app.command()
 @_exits
 def demo(
+    *,
     output_dir: Annotated[Path, typer.Option(help="Where to write the run.")] = Path(
         "lorafit-demo"
     ),
+    overwrite: Annotated[bool, typer.Option(help="Replace a run that lies there.")] = False,
 ) -> None:
     """Train offline on this Python's own documentation, and show what changed."""
     from lorafit import demo as tour
 
-    tour.run(output_dir)
+    tour.run(output_dir, overwrite=overwrite)

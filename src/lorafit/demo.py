@@ -21,7 +21,7 @@ SHOWN = 3
 """Prompts answered before and after."""
 
 
-def run(folder: Path) -> None:
+def run(folder: Path, *, overwrite: bool = False) -> None:
     """Train on 500 questions, evaluate on 100 from modules never seen, and show three answers.
 
     Raises:
@@ -29,7 +29,7 @@ def run(folder: Path) -> None:
     """
     terminal = Terminal(highlight=False, soft_wrap=True)
     with as_file(files("lorafit") / "assets" / "base") as base:
-        prepared = job.prepare(settings(folder, base), rows())
+        prepared = job.prepare(settings(folder, base, overwrite=overwrite), rows())
         readings: list[float] = []
         prepared.trainer.observers.append(lambda event: _note_reading(event, readings))
         terminal.print(
@@ -54,7 +54,7 @@ def run(folder: Path) -> None:
     )
 
 
-def settings(folder: Path, base: Path) -> config.Settings:
+def settings(folder: Path, base: Path, *, overwrite: bool = False) -> config.Settings:
     """The recipe, with what a model this small needs changed."""
     return config.load(
         None,
@@ -62,6 +62,7 @@ def settings(folder: Path, base: Path) -> config.Settings:
             "model": str(base),
             "data": "the standard library",
             "output_dir": str(folder),
+            "overwrite": overwrite,
             "learning_rate": 2e-3,
             "num_train_epochs": 3.0,
             "eval_on_start": True,

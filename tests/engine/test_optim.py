@@ -1,5 +1,7 @@
 """Updates: bf16 parameters have fp32 masters, bad gradients are never applied, decay groups."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -90,6 +92,29 @@ def test_paged_without_a_gpu_is_plain_adamw_and_says_so() -> None:
     made, notice = optim.build(model(), arguments, device=CPU)
     assert type(made.optimizer) is torch.optim.AdamW
     assert "nothing lost" in notice and "0.0 MB" in notice
+
+
+CUDA = torch.device("cuda")
+PAGED = ["paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit"]
+
+
+@pytest.mark.parametrize("name", [*PAGED, "adamw_8bit", "adamw_bnb_8bit", "lion_8bit"])
+def test_on_cuda_paged_and_8bit_are_bitsandbytes_own(name: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    chosen, options, notice = optim.named(
+        TrainingArguments("out", optim=name), CUDA, parameter_groups=[]
+    )
+    family = bitsandbytes.optim.Lion if "lion" in name else bitsandbytes.optim.AdamW
+    assert chosen is family and notice == ""
+    assert options["is_paged"] is name.startswith("paged_")
+    assert options["optim_bits"] == (8 if "8bit" in name else 32)
+
+
+def test_missing_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    arguments = TrainingArguments("out", optim="paged_adamw_8bit")
+    with pytest.raises(ImportError, match=r"pip install 'lorafit\[quant\]'"):
+        optim.named(arguments, CUDA, parameter_groups=[])
 
 
 def test_optim_args_reach_the_optimiser() -> None:
