@@ -273,6 +273,11 @@ DIFFERENT: Final[Mapping[str, str]] = MappingProxyType(
         "train_sampling_strategy": "'group_by_length' orders by (seed, epoch) alone, so a resumed "
         "run needs no saved state; 'batch_rebalance' is not offered",
         "lr_scheduler_type": "'greedy' is not offered",
+        "neftune_noise_alpha": "scaled by each document's own length, not by its batch's padding",
+        "label_smoothing_factor": "of the training loss; evaluation is the plain loss. Refused "
+        "where the module computes its own loss",
+        "include_num_input_tokens_seen": "padding is never counted",
+        "max_grad_norm": "a gradient that is not finite is not clipped but not applied at all",
     }
 )
 """Knob with transformers' name that does not do quite the same -> how."""
