@@ -134,13 +134,18 @@ def test_evaluation_can_be_turned_off(tiny_llama: Path, rows: Path, tmp_path: Pa
     assert "Evaluated" not in (out / "journal.jsonl").read_text()
 
 
-def test_overwrite_replaces_a_run(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+def test_overwrite_replaces_a_run_by_the_same_bits(
+    tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
     words = ("train", "--model", tiny_llama, "--data", rows, "--output-dir", tmp_path / "run")
     assert invoke(*words, *QUICK).exit_code == 0
+    adapter = tmp_path / "run" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
     again = invoke(*words, *QUICK, "--overwrite")
     assert again.exit_code == 0, again.output
     events = [json.loads(line)["event"] for line in (tmp_path / "run" / "journal.jsonl").open()]
     assert events.count("RunStarted") == 1
+    assert adapter.read_bytes() == before
 
 
 def test_ctrl_c_saves_and_the_printed_command_resumes(

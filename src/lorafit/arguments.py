@@ -276,6 +276,8 @@ class TrainingArguments(Panel):
         made.settle()
         if not was_set("save_steps") and made.eval_strategy == "steps":
             state["save_steps"] = made.eval_steps
+        if not was_set("eval_on_start"):
+            state["eval_on_start"] = made.eval_strategy != "no"
         if not was_set("load_best_model_at_end"):
             state["load_best_model_at_end"] = not clashes_of_best(state)
         state["bf16"] = made.bf16 and (was_set("bf16") or not made.fp16)

@@ -64,8 +64,9 @@ def settings(folder: Path, base: Path, *, overwrite: bool = False) -> config.Set
             "output_dir": str(folder),
             "overwrite": overwrite,
             "learning_rate": 2e-3,
-            "num_train_epochs": 3.0,
-            "eval_on_start": True,
+            "num_train_epochs": 2.0,
+            "per_device_train_batch_size": 16,
+            "gradient_accumulation_steps": 1,
             "bf16": False,
         },
     )

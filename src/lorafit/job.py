@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+from lorafit import compat
 from lorafit.arguments import DataArguments
 from lorafit.config import Settings, dump
 from lorafit.data import examples, formats, read, template
@@ -83,6 +84,8 @@ def prepare(settings: Settings, rows: Rows | None = None) -> Job:
     evaluation = (
         _encoded(held, shape, tokenizer=tokenizer, data=data, limit=limit) if held else None
     )
+    # the adapter's first weights are drawn here, before the trainer seeds its own run
+    compat.set_seed(settings.training.seed, deterministic=settings.training.full_determinism)
     trainer = Trainer(
         model=adapters.attach(model, chosen),
         args=settings.training,

@@ -4,8 +4,10 @@ Functions only; the trainer calls them and owns what they return. They decide no
 things happen.
 """
 
+import inspect
 import math
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -27,6 +29,7 @@ from lorafit.engine.precision import Precision
 from lorafit.engine.step import Engine
 from lorafit.errors import ConfigError
 from lorafit.model import base
+from lorafit.run.callbacks import speed_metrics
 
 Collate = Callable[[list[Any]], Any]
 Overridden = Literal["", "compute_loss", "compute_loss_func"]
@@ -131,12 +134,14 @@ def objective(
     *,
     arguments: TrainingArguments,
     overridden: Overridden,
+    counting: bool,
 ) -> Objective:
     """Our summed nats where the model's loss is plain cross entropy and nobody overrides it.
 
     Args:
         compute_loss: The trainer's, for every other case.
         overridden: What replaces the model's loss, if anything.
+        counting: Whether `compute_loss` is told the step's supervised tokens.
     """
     if not overridden and base.is_plain_causal(model):
         return objectives.summed(smoothing=arguments.label_smoothing_factor)
@@ -148,9 +153,16 @@ def objective(
         )
     return objectives.own(
         compute_loss,
-        divided=base.accepts_count(model) or overridden == "compute_loss_func",
+        divided=counting and (base.accepts_count(model) or overridden == "compute_loss_func"),
         shifted=base.declares_causal_loss(model),
     )
+
+
+def takes_count(compute_loss: Callable[..., Any]) -> bool:
+    """Whether an override of `Trainer.compute_loss` takes `num_items_in_batch`. Where it does not,
+    as in scripts written before there was one, its loss is a mean over the micro-batch."""
+    taken = inspect.signature(compute_loss).parameters
+    return "num_items_in_batch" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def engine(
@@ -235,10 +247,21 @@ def measure(
 
     def told() -> Iterator[MicroBatch]:
         for batch in batches:
-            yield as_given([batch], shifted=objective.shifted, label_names=names)[0]
+            yield as_given([batch], shifted=objective.shifted, labels=names)[0]
             after_batch()
 
     return evaluate(model, told(), objective=objective, precision=precision)
+
+
+def metrics_of(measured: Evaluation, *, prefix: str, batch_size: int) -> dict[str, float]:
+    """An evaluation under transformers' names: loss, runtime (seconds), rates per second."""
+    rates = speed_metrics(
+        prefix,
+        time.time() - measured.seconds,
+        num_samples=measured.examples,
+        num_steps=math.ceil(measured.examples / batch_size),
+    )
+    return {f"{prefix}_loss": measured.loss, **rates}
 
 
 def examples_of(dataset: Any) -> int | None:

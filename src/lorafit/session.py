@@ -5,23 +5,30 @@ the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from lorafit.arguments import TrainingArguments
-from lorafit.data.loader import Loader
+from lorafit.data.loader import Loader, StepBatches
 from lorafit.engine.evaluation import Readings
-from lorafit.engine.step import Engine
+from lorafit.engine.layout import MicroBatch
+from lorafit.engine.step import Engine, StepResult
 from lorafit.events import Reason, RunEnded, RunStarted
 from lorafit.model import adapters
 from lorafit.parts import Plan
 from lorafit.run import checkpoint
-from lorafit.run.callbacks import Callbacks
-from lorafit.run.checkpoint import Position, RunState
-from lorafit.run.progress import Progress
+from lorafit.run.callbacks import Callbacks, speed_metrics
+from lorafit.run.checkpoint import Kept, Position, RunState
+from lorafit.run.progress import Done, Progress
 from lorafit.run.signals import Signals
+
+Layout = Callable[[Sequence[Any]], Sequence[MicroBatch]]
+"""The collated batches of a step -> its micro-batches."""
 
 START = Position(0, 0, 0)
 
@@ -51,17 +58,24 @@ class Watch:
 @dataclass
 class Session:
     """Mutable: `position` counts finished steps; `step_began` is the random state at the beginning
-    of a step that has not finished, None between steps."""
+    of a step that has not finished, None between steps; `saved_in` is the whole checkpoint that was
+    saved at step `saved_at`, None before the first."""
 
     plan: Plan
     engine: Engine
     loader: Loader
+    layout: Layout
     progress: Progress
-    signals: Signals
     readings: Readings
-    started: float
+    notices: tuple[str, ...] = ()
+    empty_cache_steps: int | None = None
+    signals: Signals = field(default_factory=Signals)
+    started: float = field(default_factory=time.time)
     position: Position = START
     step_began: dict[str, Any] | None = None
+    clock: float = 0.0
+    saved_at: int = 0
+    saved_in: Path | None = None
     read_at: set[int] = field(default_factory=set)
 
     def epoch(self) -> float:
@@ -71,15 +85,37 @@ class Session:
         batches = self.position.in_epoch * self.loader.batches_per_step
         return self.position.epoch + min(1.0, batches / self.plan.batches_per_epoch)
 
-    def begin_step(self) -> None:
-        """Remember the random state, for a step that may be abandoned."""
-        self.step_began = checkpoint.random_state()
+    def steps(self, epoch: int) -> Iterator[StepBatches]:
+        """What is left of `epoch`. The random state before each step's rows are read is remembered,
+        as the step may be abandoned and its rows read again."""
+        self._begin_step()
+        for step in self.loader.steps(epoch, skip=self.position.in_epoch):
+            yield step
+            self._begin_step()
+        self.step_began = None
 
-    def finish_step(self) -> None:
+    def _begin_step(self) -> None:
+        self.step_began, self.clock = checkpoint.random_state(), time.perf_counter()
+
+    def finish_step(self, result: StepResult, *, examples: tuple[int, ...]) -> None:
         """Move on by one step."""
         here = self.position
         self.position = Position(here.step + 1, here.epoch, here.in_epoch + 1)
         self.step_began = None
+        if self.empty_cache_steps and self.position.step % self.empty_cache_steps == 0:
+            torch.cuda.empty_cache()
+        seconds = time.perf_counter() - self.clock
+        self.progress.add(Done(here.step + 1, self.epoch(), result, examples, seconds))
+
+    def reading_is_due(self) -> bool:
+        """Whether an automatic reading belongs here and was not taken yet."""
+        return self.position.step in self.readings.steps - self.read_at
+
+    def finish_epoch(self, *, stopped: bool) -> None:
+        """Move on to the next epoch, unless the run was stopped in the middle of this one."""
+        here = self.position
+        if not stopped or here.in_epoch == self.plan.steps_per_epoch:
+            self.position = Position(here.step, here.epoch + 1, 0)
 
     def started_event(self, arguments: TrainingArguments, examples: int | None) -> RunStarted:
         """What will be run, for observers."""
@@ -120,31 +156,51 @@ class Session:
 
     def save(self, folder: Path, write_files: Callable[[Path], None], *, whole: bool) -> int:
         """Write a checkpoint to `folder`, with what resuming needs if `whole`; its bytes."""
-        return checkpoint.save(folder, write_files, state=self._state() if whole else None)
+        size = checkpoint.save(folder, write_files, state=self._state() if whole else None)
+        if whole:
+            self.saved_at, self.saved_in = self.position.step, folder
+        return size
+
+    def farewell(self, asked: str, *, resume: str) -> str:
+        """What a run that was interrupted says last.
+
+        Args:
+            resume: The command that resumes it.
+        """
+        if self.saved_in is None:
+            return f"Stopped by {asked} before the first step: there is nothing to save yet."
+        step, steps = self.position.step, self.plan.steps
+        return f"Stopped by {asked} at step {step} of {steps}; saved {self.saved_in}.\n{resume}"
+
+    def metrics(self, *, examples_per_step: int) -> dict[str, float]:
+        """The run's speed and mean loss, under transformers' names."""
+        steps = self.position.step - self.progress.first_step
+        speed = speed_metrics(
+            "train", self.started, num_samples=steps * examples_per_step, num_steps=steps
+        )
+        return {**speed, "train_loss": self.progress.mean_loss}
 
     def _state(self) -> RunState:
-        scaler = self.engine.precision.scaler
         return RunState(
             position=self.position,
             optimizer=self.engine.updater.state_dict(),
             schedule=dict(self.engine.schedule.state_dict()),
-            scaler=scaler.state_dict() if scaler else {},
+            scaler=self.engine.precision.scaler.state_dict(),
             sums=self.progress.sums(),
             random_state=checkpoint.random_state(),
         )
 
-    def resume(self, folder: Path) -> None:
-        """Take up the run that `save` kept in `folder`.
+    def resume(self, kept: Kept, model: nn.Module) -> None:
+        """Take up the run that `save` kept, with `model`, which the engine runs.
 
         Raises:
-            UsageError: it is not whole, or was saved without the state of a run.
             ModelError: its weights do not fit the model.
         """
-        state = checkpoint.load(folder)
-        adapters.load_adapter_state(self.engine.model, adapters.read_adapter_state(folder))
+        state = kept.state
+        adapters.load_adapter_state(model, adapters.read_adapter_state(kept.folder))
         self.engine.updater.load_state_dict(state.optimizer)
         self.engine.schedule.load_state_dict(state.schedule)
-        if self.engine.precision.scaler and state.scaler:
+        if state.scaler:
             self.engine.precision.scaler.load_state_dict(state.scaler)
         self.progress.resume(state.sums, step=state.position.step)
         self.position = state.position

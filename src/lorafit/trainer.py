@@ -4,11 +4,10 @@ Assembles model, data, engine and observers; decides when to log, evaluate, save
 nothing itself (the engine does) and draws nothing (observers do). The loop is `_epoch`.
 """
 
-import math
 import signal
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lorafit import compat, parts
 from lorafit.arguments import TrainingArguments
 from lorafit.engine import objective as objectives
-from lorafit.engine import precision
+from lorafit.engine import precision, world
 from lorafit.engine.evaluation import Evaluation
-from lorafit.engine.layout import MicroBatch, as_given
+from lorafit.engine.layout import as_given
 from lorafit.engine.objective import Objective
 from lorafit.errors import ConfigError, TrainingInterrupted
 from lorafit.events import Saved
@@ -28,13 +27,14 @@ from lorafit.model import adapters, base
 from lorafit.model.card import model_card
 from lorafit.model.noise import noisy_embeddings
 from lorafit.run import checkpoint, store
-from lorafit.run.callbacks import Callbacks, TrainOutput, speed_metrics
+from lorafit.run.callbacks import Callbacks, TrainOutput, set_verbosity
+from lorafit.run.checkpoint import Kept
 from lorafit.run.console import Console
 from lorafit.run.journal import Journal
 from lorafit.run.observers import Observers, evaluated
 from lorafit.run.progress import Progress, TooManySkipped
 from lorafit.run.signals import Asked, Signals, listening
-from lorafit.session import Position, Session, Watch
+from lorafit.session import Session, Watch
 
 
 class Trainer:
@@ -69,12 +69,15 @@ class Trainer:
         optimizers: tuple[Any, Any] = (None, None),
         tokenizer: Any = None,
     ) -> None:
+        world.check_alone()
         given = TrainingArguments("trainer_output") if args is None else args
         ours = isinstance(given, TrainingArguments)
         self.args: TrainingArguments = given if ours else compat.from_transformers(given)
         complaints = self.args.check()
         if complaints:
             raise ConfigError("\n".join(complaints))
+        if self.args.log_level != "passive":
+            set_verbosity(self.args.get_process_log_level())
         compat.set_seed(self.args.seed, deterministic=self.args.full_determinism)
         if (model is None) == (model_init is None):
             raise ConfigError(
@@ -170,23 +173,19 @@ class Trainer:
                 fix="Run one training per setting; each is a process of its own.",
             )
         output = Path(self.args.output_dir)
-        resumed, skipped = checkpoint.to_resume(output, resume_from_checkpoint)
-        self.observers.say(*skipped)
+        kept, skipped = checkpoint.to_resume(output, resume_from_checkpoint)
         if self.model_init is not None:
             compat.set_seed(self.args.seed, deterministic=self.args.full_determinism)
             self.model = base.place(self.model_init(), self.args.device)
-        journal = Journal(output)
-        self.observers.append(journal)
-        try:
-            with (
-                listening() as signals,
-                base.without_cache(self.model),
-                noisy_embeddings(self.model, self.args.neftune_noise_alpha),
-            ):
-                return self._run(self._begin(signals, resumed))
-        finally:
-            self.observers.remove(journal)
-            journal.close()
+        run = self._begin(kept, skipped)
+        with (
+            closing(run.engine.updater),
+            self.observers.writing(Journal(output, resumed_at=run.position.step if kept else None)),
+            listening(run.signals),
+            base.without_cache(self.model),
+            noisy_embeddings(self.model, self.args.neftune_noise_alpha),
+        ):
+            return self._run(run)
 
     def evaluate(
         self,
@@ -211,16 +210,12 @@ class Trainer:
             for name, part in chosen.items():
                 merged |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
             return merged
-        measured = self._measure(chosen)
+        measured = self._measure(chosen, after_batch=self._after_evaluated_batch)
         self.observers.tell(
             evaluated(measured, self.state, name=metric_key_prefix, occasion="asked")
         )
-        metrics = {f"{metric_key_prefix}_loss": measured.loss}
-        metrics |= speed_metrics(
-            metric_key_prefix,
-            time.time() - measured.seconds,
-            num_samples=measured.examples,
-            num_steps=math.ceil(measured.examples / self.args.per_device_eval_batch_size),
+        metrics = parts.metrics_of(
+            measured, prefix=metric_key_prefix, batch_size=self.args.per_device_eval_batch_size
         )
         self.log(metrics)
         self._callbacks.fire("on_evaluate", metrics=metrics)
@@ -284,11 +279,13 @@ class Trainer:
     # ---- the loop ------------------------------------------------------------------------------
 
     def _run(self, run: Session) -> TrainOutput:
+        self.observers.say(*run.notices)
+        self.observers.tell(run.started_event(self.args, parts.examples_of(self.train_dataset)))
         self._callbacks.fire("on_train_begin")
         try:
             if self.args.eval_on_start:
                 self.evaluate()
-            self._read_if_due(run)
+            self._act(run)  # a reading, or the evaluation that an interrupted run was at
             for epoch in range(run.position.epoch, run.plan.epochs):
                 self._epoch(run, epoch)
                 if self.control.should_training_stop:
@@ -301,57 +298,49 @@ class Trainer:
             self.observers.tell(run.ended_event("non-finite"))
             raise
         finally:
-            run.engine.updater.close()
             self._signals = Signals()
         return self._finish(run)
 
     def _epoch(self, run: Session, epoch: int) -> None:
         """Step through what is left of `epoch`; after each step do what is due."""
-        run.position = replace(run.position, epoch=epoch)
-        watch = Watch(self._callbacks, run.signals)
         self._callbacks.fire("on_epoch_begin")
-        for step in run.loader.steps(epoch, skip=run.position.in_epoch):
+        for step in run.steps(epoch):
             self._callbacks.fire("on_step_begin")
-            run.begin_step()
-            started = time.perf_counter()
-            result = run.engine.step(self._layout(run.engine.objective, step.batches), watch)
-            run.finish_step()
-            self.state.global_step, self.state.epoch = run.position.step, run.epoch()
-            full = run.progress.add(
-                result,
-                step=run.position.step,
-                epoch=run.epoch(),
-                examples=step.examples,
-                seconds=time.perf_counter() - started,
-            )
+            result = run.engine.step(run.layout(step.batches), Watch(self._callbacks, run.signals))
+            run.finish_step(result, examples=step.examples)
+            self._callbacks.moved(run.position.step, run.epoch(), run.progress)
+            self.observers.tell(*run.progress.overdue())
             self._callbacks.fire("on_step_end")
-            self._act(run, read=full)
+            self._act(run)
             run.signals.poll()
-            if self.control.should_epoch_stop or self.control.should_training_stop:
+            if self._callbacks.says_stop():
                 break
         self._callbacks.fire("on_epoch_end")
+        run.finish_epoch(stopped=self.control.should_training_stop)
         self._act(run)
-        run.position = Position(run.position.step, epoch + 1, 0)
 
-    def _act(self, run: Session, *, read: bool = False) -> None:
-        """Log, evaluate, save: what the callbacks' control asks for, numbers read beforehand."""
-        asked = self.control
-        if read or asked.should_log or asked.should_evaluate or asked.should_save:
-            self.observers.tell(*run.progress.read())
-        if asked.should_log:
+    def _act(self, run: Session) -> None:
+        """What the callbacks' control asks for; a reading that is due."""
+        if self._callbacks.asks():
+            self._do_as_asked(run)
+        if run.reading_is_due():
+            self._take_reading(run)
+
+    def _do_as_asked(self, run: Session) -> None:
+        """Log, evaluate, save, with the numbers of every step so far."""
+        self.observers.tell(*run.progress.read())
+        if self.control.should_log:
             self._log_window(run)
         if self.control.should_evaluate:
             self._evaluate_in_run(run)
         if self.control.should_save:
-            self._save_checkpoint(run)
+            self._save_checkpoint(run, whole=not self.args.save_only_model)
             self._callbacks.fire("on_save")
-        self._read_if_due(run)
 
     def _log_window(self, run: Session) -> None:
         logged = run.progress.logged()
         if logged is None:
             return
-        self.state.num_input_tokens_seen = run.progress.tokens
         self.observers.tell(logged)
         self.log(
             {
@@ -364,7 +353,7 @@ class Trainer:
     def _evaluate_in_run(self, run: Session) -> None:
         """Evaluate; remember what is best, and move a schedule that follows the metric."""
         metrics = self.evaluate()
-        if self.args.metric_for_best_model is None:
+        if self.args.metric_for_best_model is None and self.args.save_strategy != "best":
             return
         value, state = parts.deciding_metric(self.args, metrics), self.state
         if isinstance(run.engine.schedule, ReduceLROnPlateau):
@@ -375,17 +364,16 @@ class Trainer:
         if self.args.save_strategy == "best":
             self.control.should_save = best
 
-    def _read_if_due(self, run: Session) -> None:
+    def _take_reading(self, run: Session) -> None:
         """The readings that a script gets by passing an evaluation set alone: journal and terminal
         see them, `log_history`, callbacks and random state do not."""
-        step = run.position.step
-        if step in run.readings.steps and step not in run.read_at:
-            run.read_at.add(step)
-            chosen = parts.subset(self.eval_dataset, run.readings.examples, seed=self.args.seed)
-            measured = self._measure(chosen)
-            self.observers.tell(evaluated(measured, self.state, name="eval", occasion="reading"))
+        run.read_at.add(run.position.step)
+        chosen = parts.subset(self.eval_dataset, run.readings.examples, seed=self.args.seed)
+        with checkpoint.random_state_kept():
+            measured = self._measure(chosen, after_batch=run.signals.poll)
+        self.observers.tell(evaluated(measured, self.state, name="eval", occasion="reading"))
 
-    def _measure(self, dataset: Any) -> Evaluation:
+    def _measure(self, dataset: Any, *, after_batch: Callable[[], None]) -> Evaluation:
         return parts.measure(
             self.model,
             dataset,
@@ -393,7 +381,7 @@ class Trainer:
             arguments=self.args,
             objective=self._objective(),
             precision=self._precision,
-            after_batch=self._after_evaluated_batch,
+            after_batch=after_batch,
         )
 
     def _after_evaluated_batch(self) -> None:
@@ -402,8 +390,8 @@ class Trainer:
 
     # ---- beginning, saving, ending -------------------------------------------------------------
 
-    def _begin(self, signals: Signals, resumed: Path | None) -> Session:
-        """The run's parts, at its start or at the checkpoint's position."""
+    def _begin(self, kept: Kept | None, skipped: Sequence[str]) -> Session:
+        """The run's parts, at its start or at the position of the checkpoint `kept`."""
         if self.train_dataset is None:
             raise ConfigError(
                 "Trainer.train: there is no training set.", fix="Trainer(..., train_dataset=...)."
@@ -411,9 +399,10 @@ class Trainer:
         collate = parts.columns_kept(self.data_collator, self.model, arguments=self.args)
         steps = parts.training_loader(self.train_dataset, collate, arguments=self.args)
         plan = parts.plan(self.args, steps)
+        objective = self._objective()
         engine, notice = parts.engine(
             self.model,
-            self._objective(),
+            objective,
             arguments=self.args,
             precision=self._precision,
             steps=plan.steps,
@@ -433,23 +422,23 @@ class Trainer:
             plan=plan,
             engine=engine,
             loader=steps,
+            layout=partial(as_given, shifted=objective.shifted, labels=self.label_names),
             progress=Progress(limit=self.args.max_nonfinite_steps),
-            signals=signals,
             readings=parts.readings(
                 plan, self.args, train=self.train_dataset, held_out=self.eval_dataset
             ),
-            started=time.time(),
+            empty_cache_steps=self.args.torch_empty_cache_steps,
         )
-        self._signals = signals
-        if resumed is not None:
-            run.resume(resumed)
-            self._callbacks.resume(str(resumed / "trainer_state.json"))
-            self.observers.say(f"resuming {resumed} at step {run.position.step}")
-        self.observers.say(*self.args.notices, self._precision.notice, notice, run.readings.notice)
-        self.observers.tell(run.started_event(self.args, parts.examples_of(self.train_dataset)))
+        self._signals, resumed = run.signals, ""
+        if kept is not None:
+            run.resume(kept, self.model)
+            self._callbacks.resume(str(kept.folder / "trainer_state.json"))
+            resumed = f"resuming {kept.folder} at step {run.position.step}"
+        said = (*skipped, resumed, *self.args.notices, self._precision.notice, notice)
+        run.notices = (*said, run.readings.notice)
         return run
 
-    def _save_checkpoint(self, run: Session) -> Path:
+    def _save_checkpoint(self, run: Session, *, whole: bool) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{run.position.step}"
         if self.state.best_global_step == run.position.step:
             self.state.best_model_checkpoint = str(folder)
@@ -458,37 +447,28 @@ class Trainer:
             adapters.save_adapter(self.model, partial, tokenizer=self.processing_class)
             self._callbacks.keep_state(str(partial / "trainer_state.json"))
 
-        size = run.save(folder, write_files, whole=not self.args.save_only_model)
+        size = run.save(folder, write_files, whole=whole)
         self.observers.tell(Saved(str(folder), run.position.step, size))
         if self.args.save_total_limit:
             best = self.state.best_model_checkpoint
             kept = {Path(best)} if best else set[Path]()
             store.rotate(folder.parent, keep=self.args.save_total_limit, protected=kept)
-        return folder
 
     def _interrupted(self, run: Session, asked: Asked) -> None:
         """Save at the last finished step, say how to resume, and raise."""
         run.abandon_step()
         self.observers.tell(*run.progress.read())
-        step = run.position.step
-        if step == 0:
-            message = f"Stopped by {asked} before the first step: there is nothing to save yet."
-        else:
-            folder = Path(self.args.output_dir) / f"checkpoint-{step}"
-            if store.fault(folder):
-                self._save_checkpoint(run)
-            message = f"Stopped by {asked} at step {step} of {run.plan.steps}; saved {folder}.\n"
-            message += f"Resume: {self.resume_command}"
+        if run.saved_at != run.position.step:
+            self._save_checkpoint(run, whole=True)
+        message = run.farewell(str(asked), resume=f"Resume: {self.resume_command}")
         self.observers.tell(run.ended_event("interrupted"))
         if asked.number == signal.SIGINT:
             raise KeyboardInterrupt(message) from None
         raise TrainingInterrupted(message) from None
 
     def _finish(self, run: Session) -> TrainOutput:
-        steps = run.position.step - run.progress.first_step
-        examples = steps * self.args.effective_batch_size
-        metrics = speed_metrics("train", run.started, num_samples=examples, num_steps=steps)
-        metrics |= {"total_flos": self.state.total_flos, "train_loss": run.progress.mean_loss}
+        metrics = run.metrics(examples_per_step=self.args.effective_batch_size)
+        metrics["total_flos"] = self.state.total_flos
         self.log(metrics)
         restored = ""
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
@@ -506,13 +486,19 @@ class Trainer:
         overridden: parts.Overridden = "compute_loss_func" if self.compute_loss_func else ""
         if type(self).compute_loss is not Trainer.compute_loss:
             overridden = "compute_loss"
+        counting = parts.takes_count(self.compute_loss)
 
         def compute_loss(
             model: nn.Module, inputs: dict[str, Any], *, count: int | None
         ) -> tuple[Tensor, Any]:
-            return self.compute_loss(model, inputs, True, count)
+            given = {"num_items_in_batch": count} if counting else {}
+            made = self.compute_loss(model, inputs, return_outputs=True, **given)
+            return made if isinstance(made, tuple) else (made, None)
 
-        return parts.objective(self.model, compute_loss, arguments=self.args, overridden=overridden)
-
-    def _layout(self, objective: Objective, batches: Sequence[Any]) -> list[MicroBatch]:
-        return as_given(batches, shifted=objective.shifted, label_names=self.label_names)
+        return parts.objective(
+            self.model,
+            compute_loss,
+            arguments=self.args,
+            overridden=overridden,
+            counting=counting,
+        )

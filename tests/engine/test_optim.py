@@ -39,7 +39,7 @@ def test_a_step_that_is_not_finite_changes_nothing(name: str, bad: float) -> Non
     made.apply(torch.isfinite(norm))
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     assert state == {k: str(v) for k, v in made.optimizer.state_dict()["state"].items()}
-    made.zero()
+    made.optimizer.zero_grad()
     module(torch.ones(2, 4)).pow(2).sum().backward()
     made.apply(torch.tensor(True))
     assert not all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
@@ -53,7 +53,7 @@ def test_small_updates_of_bf16_parameters_are_not_lost() -> None:
         module, TrainingArguments("out", learning_rate=1e-3, optim="sgd"), device=CPU
     )[0]
     for _ in range(8):
-        made.zero()
+        made.optimizer.zero_grad()
         module(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
         made.apply(torch.tensor(True))
     # each update of 0.001 is below bf16's spacing at 1 (0.0039) and would round away

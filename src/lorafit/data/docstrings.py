@@ -34,7 +34,8 @@ _SENTENCE = re.compile(r".*?(?<!e\.g)(?<!i\.e)(?<!etc)\.(?=\s|$)")
 _ANSWER = re.compile(r"[A-Z](?!ee |ame as |ike |[\w.]*\()[^>]{18,158}\.")
 _FORM = re.compile(r"([A-Z][a-z]*)(?: [A-Z`'\"*(][\w.`'\"*-]*[,)]?)? [a-z]+[,.]?(?= |$)")
 
-# The words that open at least four of the training side's first sentences in Python 3.11.
+# The words that open at least four of the training side's first sentences in Python 3.11, less
+# "This": PEP 257 asks for a phrase or command ("Do this"), and "This module is ..." opens files.
 _OPENING_WORDS = """
 A Abstract Acquire Add Adds Adjust An Append Applies Assert Asynchronous Base Bind Call Called
 Change Check Class Clear Close Compare Compares Compile Compute Configure Connect Construct
@@ -46,7 +47,7 @@ Invoke Iterate Just Launcher List Load Log Make Mark Message Method Move Object 
 Parses Perform Pop Print Process Produce Push Put Query Raise Raised Read Receive Recursively
 Register Registers Release Remove Removes Report Represent Represents Request Reset Resolve
 Retrieve Return Returns Run Schedule Send Set Sets Signals Simple Special Split Start Stop Store
-Test The This Toplevel Translate True Try Ttk Turn Unbind Value Wait Walk Whether Wrap Wrapper
+Test The Toplevel Translate True Try Ttk Turn Unbind Value Wait Walk Whether Wrap Wrapper
 Write
 """
 OPENERS = frozenset(_OPENING_WORDS.split())

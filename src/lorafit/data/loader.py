@@ -7,7 +7,7 @@ Streams have no positions: they are skipped by reading. No global random state i
 
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -122,31 +122,39 @@ class Loader:
         return None if batches is None else -(-batches // self.batches_per_step)
 
     def steps(self, epoch: int, *, skip: int = 0) -> Iterator[StepBatches]:
-        """The steps of `epoch` after the first `skip`."""
-        if self.is_stream:
-            yield from self._stream(epoch, skip)
-            return
-        wanted = self._index_batches(epoch)[skip * self.batches_per_step :]
-        loaded = self._batches(epoch, wanted)
-        for start in range(0, len(wanted), self.batches_per_step):
-            indexes = wanted[start : start + self.batches_per_step]
-            rows = tuple(index for batch in indexes for index in batch)
-            yield StepBatches([next(loaded) for _ in indexes], rows)
+        """The steps of `epoch` after the first `skip`.
 
-    def _index_batches(self, epoch: int) -> list[list[int]]:
+        Raises:
+            ConfigError: a stream gave nothing in `epoch`.
+        """
+        begun = self._stream if self.is_stream else self._indexed
+        batches, indexes = begun(epoch, skip * self.batches_per_step)
+        while step := list(islice(batches, self.batches_per_step)):
+            rows = chain.from_iterable(islice(indexes, self.batches_per_step))
+            yield StepBatches(step, tuple(rows))
+
+    def _indexed(self, epoch: int, skip: int) -> tuple[Iterator[Any], Iterator[list[int]]]:
+        """The batches after the first `skip`, and the rows of each."""
         rows = list(self.ordering(epoch))
         cuts = range(0, len(rows), self.batch_size)
-        batches = [rows[start : start + self.batch_size] for start in cuts]
-        return batches[: self.batches_per_epoch]
+        wanted = [rows[start : start + self.batch_size] for start in cuts]
+        wanted = wanted[skip : self.batches_per_epoch]
+        return self._batches(epoch, wanted), iter(wanted)
 
-    def _stream(self, epoch: int, skip: int) -> Iterator[StepBatches]:
+    def _stream(self, epoch: int, skip: int) -> tuple[Iterator[Any], Iterator[list[int]]]:
+        """The same of a stream, whose rows have no number."""
         if isinstance(self.dataset, _KnowsEpochs):
             self.dataset.set_epoch(epoch)
         batches = self._batches(epoch, [])
-        for _ in islice(batches, skip * self.batches_per_step):
-            pass
-        while step := list(islice(batches, self.batches_per_step)):
-            yield StepBatches(step, ())
+        skipped = sum(1 for _ in islice(batches, skip))
+        first = list(islice(batches, 1))
+        if not (first or skipped):
+            raise ConfigError(
+                f"The data set is a stream, and gave no row in epoch {epoch}.",
+                why="It would be read for ever and never give a step.",
+                fix="Make its __iter__ start afresh each time (an exhausted generator does not).",
+            )
+        return chain(first, batches), iter(())
 
     def _batches(self, epoch: int, wanted: list[list[int]]) -> Iterator[Any]:
         if self._torch is None:

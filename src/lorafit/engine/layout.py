@@ -5,8 +5,8 @@ anything moves to a device. Knows neither models nor files. `as_given` runs the 
 batches literally; it is the only layout of this version.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,58 +23,56 @@ class MicroBatch:
         inputs: The model's keyword arguments, labels among them.
         supervised: Tokens that carry loss; 0 where there are no labels to count.
         tokens: Real tokens, padding left out.
+        positions: Tokens with their padding: what the forward is run on.
         rows: How many examples.
     """
 
     inputs: dict[str, Any]
     supervised: int
     tokens: int
+    positions: int
     rows: int
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same with every tensor on `device`, nested ones too; copies are asynchronous."""
-        return MicroBatch(move(self.inputs, device), self.supervised, self.tokens, self.rows)
+        inputs = {
+            k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else _moved(v, device)
+            for k, v in self.inputs.items()
+        }
+        return replace(self, inputs=inputs)
 
 
-def move(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device) -> Any:
     """`value` with each tensor inside its mappings, lists and tuples on `device`."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(move(item, device) for item in value)
+        return type(value)(_moved(item, device) for item in value)
     return value
 
 
-def as_given(
-    batches: Iterable[Any], *, shifted: bool, label_names: tuple[str, ...] = ("labels",)
-) -> list[MicroBatch]:
+def as_given(batches: Iterable[Any], *, shifted: bool, labels: Sequence[str]) -> list[MicroBatch]:
     """One micro-batch for each batch that the collator made, in its order.
 
     Args:
-        batches: Mappings of tensors; a batch that is a tuple or a bare tensor is refused by the
-            model's forward, not here.
+        batches: Mappings, of tensors for the most part.
         shifted: Whether token t is predicted from t - 1, so that a row's first label is no target.
-        label_names: Where labels lie; the first present is counted.
+        labels: Names under which labels may lie; the first present is counted.
     """
-    return [_micro_batch(dict(batch), label_names, shifted=shifted) for batch in batches]
+    return [_micro_batch(dict(batch), labels, shifted=shifted) for batch in batches]
 
 
-def _micro_batch(
-    inputs: dict[str, Any], label_names: tuple[str, ...], *, shifted: bool
-) -> MicroBatch:
-    labels = next((inputs[name] for name in label_names if name in inputs), None)
-    sequences = inputs.get("input_ids")
-    mask = inputs.get("attention_mask")
-    first = next((value for value in inputs.values() if isinstance(value, Tensor)), None)
-    if isinstance(mask, Tensor):
-        tokens = int(mask.count_nonzero())
-    else:
-        tokens = sequences.numel() if isinstance(sequences, Tensor) else 0
+def _micro_batch(inputs: dict[str, Any], names: Sequence[str], *, shifted: bool) -> MicroBatch:
+    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    none = torch.empty(0)
+    ids = tensors.get("input_ids", none)
+    labels = next((tensors[name] for name in names if name in tensors), none)
     return MicroBatch(
         inputs=inputs,
-        supervised=supervised_tokens(labels, shifted=shifted) if isinstance(labels, Tensor) else 0,
-        tokens=tokens,
-        rows=first.shape[0] if first is not None and first.ndim else 0,
+        supervised=supervised_tokens(labels, shifted=shifted),
+        tokens=int(tensors.get("attention_mask", torch.ones_like(ids)).count_nonzero()),
+        positions=ids.numel(),
+        rows=next((len(value) for value in tensors.values() if value.ndim), 0),
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from lorafit.engine.layout import MicroBatch
@@ -58,18 +57,29 @@ def summed(*, smoothing: float = 0.0) -> Objective:
     """
 
     def forward(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
-        return model(**inputs)["logits"], batch.inputs["labels"]
+        inputs = dict(batch.inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise _unlabelled(inputs)
+        return model(**inputs)["logits"], labels
 
     def part(model: nn.Module, batch: MicroBatch, *, whole: Whole) -> Tensor:
-        logits, labels = forward(model, batch)
-        return summed_nats(logits, labels, smoothing=smoothing) / max(whole.supervised, 1)
+        return summed_nats(*forward(model, batch), smoothing=smoothing) / max(whole.supervised, 1)
 
     def measure(model: nn.Module, batch: MicroBatch) -> Measured:
         logits, labels = forward(model, batch)
         return Measured(summed_nats(logits, labels), batch.supervised, logits)
 
     return Objective(part, measure, shifted=True)
+
+
+def _unlabelled(inputs: Mapping[str, Any]) -> ConfigError:
+    return ConfigError(
+        f"A batch has no labels, only {', '.join(inputs)}.",
+        why="The loss is that of the labels' tokens.",
+        fix="Give rows 'labels', or Trainer a data_collator that makes them: "
+        "DataCollatorForLanguageModeling(tokenizer, mlm=False).",
+    )
 
 
 class ComputeLoss(Protocol):
@@ -146,8 +156,3 @@ def logits_of(outputs: Any) -> Any:
     else:
         kept = tuple(outputs[1:])
     return kept[0] if len(kept) == 1 else kept
-
-
-def finite(loss: Tensor, norm: Tensor) -> Tensor:
-    """Whether a step may be applied: a boolean scalar that stays on the device."""
-    return torch.isfinite(loss) & torch.isfinite(norm)

@@ -6,6 +6,7 @@ waits for the answer.
 """
 
 import ast
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -34,10 +35,12 @@ class Updater:
         self.optimizer = optimizer
         self._masters = dict(masters)
         self._hooks = [p.register_post_accumulate_grad_hook(self._to_master) for p in masters]
+        if masters:
+            self._hooks.append(optimizer.register_step_post_hook(self._from_masters))
         self._skips_on_device = _reads_found_inf(optimizer)
 
     def close(self) -> None:
-        """Remove the hooks from the user's parameters."""
+        """Remove the hooks from the user's parameters and optimiser."""
         for hook in self._hooks:
             hook.remove()
 
@@ -45,19 +48,10 @@ class Updater:
         """Every tensor the optimiser updates."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def zero(self) -> None:
-        """Forget all gradients."""
-        self.optimizer.zero_grad()
-        for parameter in self._masters:
-            parameter.grad = None
-
     def norm(self, *, max_norm: float) -> Tensor:
         """The total gradient norm (a scalar on the device); gradients are clipped to `max_norm`
         unless it is 0."""
-        parameters = self.parameters()
-        if max_norm > 0:
-            return nn.utils.clip_grad_norm_(parameters, max_norm)
-        return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return nn.utils.clip_grad_norm_(self.parameters(), max_norm or math.inf)
 
     def apply(self, finite: Tensor) -> None:
         """Take the step if `finite`, a boolean scalar; leave everything untouched otherwise."""
@@ -66,9 +60,6 @@ class Updater:
             self.optimizer.step()
         elif bool(finite):
             self.optimizer.step()
-        with torch.no_grad():
-            for parameter, master in self._masters.items():
-                parameter.copy_(master)
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, and the masters where there are any."""
@@ -86,6 +77,11 @@ class Updater:
         assert gradient is not None
         master.grad = gradient.float() if master.grad is None else master.grad.add_(gradient)
         parameter.grad = None
+
+    @torch.no_grad()
+    def _from_masters(self, *_: Any) -> None:
+        for parameter, master in self._masters.items():
+            parameter.copy_(master)
 
 
 def _reads_found_inf(optimizer: Optimizer) -> bool:

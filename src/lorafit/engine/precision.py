@@ -5,10 +5,11 @@ or `fp16` only what torch.autocast lists (matrix products) takes 16-bit operands
 gradient scaler, as its range needs one.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
 import torch
+from torch.amp import GradScaler
 
 from lorafit.arguments import TrainingArguments
 from lorafit.errors import ConfigError
@@ -16,18 +17,16 @@ from lorafit.errors import ConfigError
 
 @dataclass(frozen=True)
 class Precision:
-    """Autocast for one device: `dtype` None is full precision; `scaler` only with float16."""
+    """Autocast for one device: `dtype` None is full precision; `scaler` acts with float16 only."""
 
     device: torch.device
     dtype: torch.dtype | None = None
-    scaler: torch.amp.GradScaler | None = None
+    scaler: GradScaler = field(default_factory=lambda: GradScaler("cpu", enabled=False))
     notice: str = ""
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context of every forward, in training and in evaluation alike."""
-        if self.dtype is None:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def __str__(self) -> str:
         names = {None: "fp32", torch.bfloat16: "bf16 products", torch.float16: "fp16 products"}
@@ -61,7 +60,7 @@ def choose(arguments: TrainingArguments, device: torch.device) -> Precision:
                 why="CPUs have no fast float16 arithmetic, and its narrow range needs a scaler.",
                 fix="Write bf16=True (native bfloat16 where the CPU has it), or leave both out.",
             )
-        return Precision(device, torch.float16, torch.amp.GradScaler(device.type))
+        return Precision(device, torch.float16, GradScaler(device.type))
     if not arguments.bf16:
         return Precision(device)
     if native_bf16(device):

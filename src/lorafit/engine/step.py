@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lorafit.engine.layout import MicroBatch
-from lorafit.engine.objective import Objective, Whole, finite
+from lorafit.engine.objective import Objective, Whole
 from lorafit.engine.optim import Updater
 from lorafit.engine.precision import Precision
 
@@ -28,6 +28,7 @@ class StepResult:
         gradient_norm: Before clipping.
         applied: False where loss or gradient was not finite and nothing was changed.
         learning_rate: The rate the update used.
+        tokens: Real ones; `positions` are those with their padding.
     """
 
     loss: Tensor
@@ -35,6 +36,7 @@ class StepResult:
     applied: Tensor
     learning_rate: float
     tokens: int
+    positions: int
     supervised: int
 
 
@@ -84,37 +86,25 @@ class Engine:
         for index, batch in enumerate(batches):
             with self.precision.autocast():
                 part = self.objective.part(self.model, batch.to(device), whole=whole)
-            self._backward(part)
+            self.precision.scaler.scale(part).backward()
             loss += part.detach()
             watch.after_micro_batch(last=index + 1 == len(batches))
         norm, applied = self._update(loss, watch)
-        return StepResult(
-            loss=loss,
-            gradient_norm=norm,
-            applied=applied,
-            learning_rate=self._advance(),
-            tokens=sum(batch.tokens for batch in batches),
-            supervised=whole.supervised,
-        )
+        tokens, positions = sum(b.tokens for b in batches), sum(b.positions for b in batches)
+        return StepResult(loss, norm, applied, self._advance(), tokens, positions, whole.supervised)
 
     def abandon(self) -> None:
         """Forget the gradients of a step that was not finished."""
-        self.updater.zero()
-
-    def _backward(self, part: Tensor) -> None:
-        scaler = self.precision.scaler
-        (scaler.scale(part) if scaler else part).backward()
+        self.updater.optimizer.zero_grad()
 
     def _update(self, loss: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
         scaler = self.precision.scaler
-        if scaler:
-            scaler.unscale_(self.updater.optimizer)
+        scaler.unscale_(self.updater.optimizer)
         norm = self.updater.norm(max_norm=self.max_norm)
-        applied = finite(loss, norm)
+        applied = torch.isfinite(loss) & torch.isfinite(norm)
         watch.before_update()
         self.updater.apply(applied)
-        if scaler:
-            scaler.update()
+        scaler.update()
         watch.after_update()
         return norm, applied
 
@@ -123,5 +113,5 @@ class Engine:
         rate = self.updater.optimizer.param_groups[0]["lr"]
         if not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
-        self.updater.zero()
+        self.updater.optimizer.zero_grad()
         return float(rate)

@@ -6,7 +6,7 @@ transformers'. Knows no engine and no data.
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -23,6 +23,13 @@ __all__ = [
     "TrainerState",
     "speed_metrics",
 ]
+
+
+class Seen(Protocol):
+    """Tokens of the run so far, and tokens with their padding."""
+
+    tokens: int
+    positions: int
 
 
 class Callbacks:
@@ -43,6 +50,7 @@ class Callbacks:
         )
         self.state: Any = TrainerState()
         self.control = TrainerControl()
+        self._flops_per_position = 0.0
         self.fire("on_init_end")
 
     def begin(self, *, max_steps: int, epochs: int, batch_size: int) -> None:
@@ -53,19 +61,43 @@ class Callbacks:
         self.state.compute_steps(self.arguments, max_steps)
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
         self.state.is_local_process_zero = self.state.is_world_process_zero = True
+        count = getattr(self.handler.model, "num_parameters", None)
+        self._flops_per_position = 6.0 * count(exclude_embeddings=True) if count else 0.0
 
     def shown(self, **parts: Any) -> None:
         """What callbacks receive by name from now on: model, optimizer, lr_scheduler, ..."""
         vars(self.handler).update(parts)
 
+    def moved(self, step: int, epoch: float, seen: Seen) -> None:
+        """The state after a step: where the run stands, and what it has `seen` so far.
+
+        Operations are counted as transformers does: 6 per parameter and position.
+        """
+        state = self.state
+        state.global_step, state.epoch = step, epoch
+        state.total_flos = self._flops_per_position * seen.positions
+        counted = {"no": 0, "all": seen.positions, "non_padding": seen.tokens}
+        state.num_input_tokens_seen = counted[self.arguments.include_num_input_tokens_seen]
+
+    def asks(self) -> bool:
+        """Whether logging, evaluating or saving is asked for now."""
+        return self.control.should_log or self.control.should_evaluate or self.control.should_save
+
+    def says_stop(self) -> bool:
+        """Whether the epoch, or all of training, is to end here."""
+        return self.control.should_epoch_stop or self.control.should_training_stop
+
     def resume(self, path: str) -> None:
-        """The state a checkpoint kept, and that of its stateful callbacks."""
+        """The state a checkpoint kept, and that of its stateful callbacks; an evaluation that was
+        asked for and interrupted is asked for again."""
         saved: Any = TrainerState.load_from_json(path)
         fresh, self.state = self.state, saved
         for name in ("max_steps", "num_train_epochs", "train_batch_size"):
             setattr(saved, name, getattr(fresh, name))
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(saved, name, getattr(fresh, name))
+        control: Any = saved.stateful_callbacks.get("TrainerControl", {})
+        self.control.should_evaluate = control.get("args", {}).get("should_evaluate", False)
         for callback in self.handler.callbacks:
             kept = saved.stateful_callbacks.get(type(callback).__name__)
             if isinstance(callback, ExportableState) and kept:
@@ -94,7 +126,6 @@ class Callbacks:
         self.control = act(self.arguments, self.state, self.control, **context)
 
 
-def quiet_transformers(level: str) -> None:
-    """Set transformers' own log level where `log_level` names one."""
-    if level != "passive":
-        logging.getLogger("transformers").setLevel(level.upper())
+def set_verbosity(level: int) -> None:
+    """transformers' own log level, which its callbacks and trackers write at."""
+    logging.getLogger("transformers").setLevel(level)

@@ -7,10 +7,11 @@ and nothing of models: the trainer hands over the adapter's writer.
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy
 import torch
@@ -76,15 +77,21 @@ def _write_state(folder: Path, state: RunState) -> None:
     store.write_json(folder / STATE, described)
 
 
+def fault(folder: Path) -> str:
+    """Why `folder` cannot be resumed; empty where it can."""
+    why = store.fault(folder)
+    if not why and not (folder / STATE).is_file():
+        why = "it was saved with save_only_model, without the state of the run"
+    return why
+
+
 def load(folder: Path) -> RunState:
     """The state that `save` wrote.
 
     Raises:
         UsageError: the folder is not a complete checkpoint of lorafit's.
     """
-    why = store.fault(folder)
-    if not why and not (folder / STATE).is_file():
-        why = "it was saved with save_only_model, without the state of the run"
+    why = fault(folder)
     if why:
         raise UsageError(
             f"{folder} cannot be resumed: {why}.",
@@ -102,7 +109,15 @@ def load(folder: Path) -> RunState:
     )
 
 
-def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Path | None, list[str]]:
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint that is whole, and the state of the run in it."""
+
+    folder: Path
+    state: RunState
+
+
+def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, list[str]]:
     """The checkpoint that `resume_from_checkpoint` means, and one line for each that was skipped.
 
     Args:
@@ -111,43 +126,51 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Path | None, lis
             to start afresh.
 
     Raises:
-        UsageError: True, and there is none.
+        UsageError: True, and there is none; a path, and it is none.
     """
     if not wanted:
         return None, []
     if wanted is not True and wanted != "auto":
-        return Path(str(wanted)), []
-    found, skipped = store.newest(folder)
+        return Kept(Path(str(wanted)), load(Path(str(wanted)))), []
+    found, skipped = store.newest(folder, fault=fault)
     if found is None and wanted is True:
         raise UsageError(
-            f"There is no whole checkpoint in {folder} to resume.",
+            "\n".join([f"There is no whole checkpoint in {folder} to resume.", *skipped]),
             fix="resume_from_checkpoint='auto' starts afresh where there is none.",
         )
-    return found, skipped
+    return Kept(found, load(found)) if found else None, skipped
 
 
 def random_state() -> dict[str, Any]:
     """The state of every global random generator: Python's, NumPy's, torch's on each device."""
-    version, words, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = cast(tuple[Any, ...], numpy.random.get_state())
     return {
-        "python": [version, list(words), gauss],
-        "numpy": [kind, torch.from_numpy(keys.astype("int64")), position, has_gauss, cached],
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "cuda": torch.cuda.get_rng_state_all(),
     }
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` took."""
+    """Put back what `random_state` took, or what a checkpoint kept of it."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
-    words32 = keys.numpy().astype("uint32")
+    words32 = numpy.asarray(keys).astype("uint32")
     numpy.random.set_state((kind, words32, position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def random_state_kept() -> Generator[None]:
+    """Whatever is drawn inside leaves the global random generators as they were."""
+    before = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(before)
 
 
 _TENSOR, _INTEGER_KEYS = "tensor:", "integer keys"
@@ -155,6 +178,8 @@ _TENSOR, _INTEGER_KEYS = "tensor:", "integer keys"
 
 def _split(value: Any, name: str, *, tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, with its tensors moved to `tensors` and named where they stood."""
+    if isinstance(value, numpy.ndarray):
+        value = torch.from_numpy(value.astype("int64"))
     if isinstance(value, Tensor):
         tensors[name] = value.detach().contiguous().cpu().clone()
         return _TENSOR + name

@@ -36,26 +36,29 @@ class Console:
     def __init__(self, *, live: bool, terminal: Terminal | None = None) -> None:
         self._terminal = terminal or Terminal(highlight=False, soft_wrap=True)
         self._live = live and self._terminal.is_terminal
-        self._progress: Progress | None = None
+        self._bar = Progress(disable=True)
         self._task = TaskID(0)
 
     def __call__(self, event: Event) -> None:
-        """Print the event's line, if it has one, and move the bar."""
+        """Print the event's line, if it has one, or move the bar."""
+        if isinstance(event, StepEnd):
+            self._move_bar(event)
+        else:
+            self._print(event)
+
+    def _print(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._terminal.print(started_line(event))
             self._start_bar(event)
-        elif isinstance(event, StepEnd):
-            self._move_bar(event)
-        else:
-            self._stop_bar(event)
-            text = line(event)
-            if text:
-                self._terminal.print(text, markup=False)
+            return
+        if isinstance(event, RunEnded):
+            self._bar.stop()
+        text = line(event)
+        if text:
+            self._terminal.print(text, markup=False)
 
     def _start_bar(self, event: RunStarted) -> None:
-        if not self._live:
-            return
-        self._progress = Progress(
+        self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -63,20 +66,15 @@ class Console:
             TimeRemainingColumn(),
             console=self._terminal,
             transient=True,
+            disable=not self._live,
         )
-        self._task = self._progress.add_task("", total=event.steps, completed=event.first_step)
-        self._progress.start()
+        self._task = self._bar.add_task("", total=event.steps, completed=event.first_step)
+        self._bar.start()
 
     def _move_bar(self, event: StepEnd) -> None:
-        if self._progress:
-            rate = event.tokens / max(event.seconds, 1e-9)
-            shown = f"loss {event.loss:.4f} · {rate:,.0f} tokens/s"
-            self._progress.update(self._task, completed=event.step, description=shown)
-
-    def _stop_bar(self, event: Event) -> None:
-        if self._progress and isinstance(event, RunEnded):
-            self._progress.stop()
-            self._progress = None
+        rate = event.tokens / max(event.seconds, 1e-9)
+        shown = f"loss {event.loss:.4f} · {rate:,.0f} tokens/s"
+        self._bar.update(self._task, completed=event.step, description=shown)
 
 
 def started_line(event: RunStarted) -> str:

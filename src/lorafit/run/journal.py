@@ -14,18 +14,24 @@ from lorafit.run.store import JOURNAL, make_folder
 
 
 class Journal:
-    """An open journal; call it with each event. Lines are flushed as they are written."""
+    """An open journal; call it with each event. Lines are flushed as they are written.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        resumed_at: The step that a resumed run goes on from: what an interrupted one wrote of later
+            steps is dropped, as it will be written again. None for a fresh run.
+    """
+
+    def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
         self.path = make_folder(folder) / JOURNAL
-        self._file = self.path.open("a", encoding="utf-8")
+        if resumed_at is not None:
+            _forget_after(self.path, resumed_at)
+        self._file = self.path.open("a", buffering=1, encoding="utf-8")
 
     def __call__(self, event: Event) -> None:
         """Append one line: `{"event": name, ...fields}`; what is not finite becomes a string."""
         fields = {name: _plain(value) for name, value in asdict(event).items()}
         line = {"event": type(event).__name__, **fields}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
@@ -33,28 +39,42 @@ class Journal:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Drop the lines that a resumed run will write again: steps and readings after `step`.
+def _forget_after(path: Path, step: int) -> None:
+    """Drop what the run that is resumed wrote after saving `step`; earlier runs' lines stay.
 
     The journal is replaced whole, so that a kill leaves the old one or the new one.
     """
-    path = folder / JOURNAL
     if not path.is_file():
         return
-    kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _stays(line, step)]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    events = [_event(line) for line in lines]
+    begun = max((n for n, event in enumerate(events) if event.get("first_step") == 0), default=0)
+    # without the line of that save, which a kill may have cut off, the step alone decides
+    saved = [n for n, event in enumerate(events) if n > begun and _saves(event, step)]
+    known = saved[-1] + 1 if saved else len(lines)
+    kept = lines[:begun] + [lines[n] for n in range(begun, known) if _stays(events[n], step)]
     beside = path.with_suffix(".partial")
     beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     beside.replace(path)
 
 
-def _stays(line: str, step: int) -> bool:
+def _event(line: str) -> dict[str, Any]:
+    """The event of a line; one without a name for a line that a kill cut short."""
     try:
-        event = json.loads(line)
+        return dict(json.loads(line))
     except ValueError:
-        return False
-    return event.get("event") != "RunEnded" and event.get("step", 0) <= step
+        return {}
+
+
+def _saves(event: dict[str, Any], step: int) -> bool:
+    return event.get("event") == "Saved" and Path(event["path"]).name == f"checkpoint-{step}"
+
+
+def _stays(event: dict[str, Any], step: int) -> bool:
+    """Whether a line outlives resuming at `step`. A reading there is taken again."""
+    name, at = event.get("event", "RunEnded"), event.get("step", 0)
+    retaken = event.get("occasion") == "reading" and at == step
+    return name != "RunEnded" and at <= step and not retaken

@@ -3,11 +3,14 @@
 Owns the list of observers and how an event is made from what the trainer knows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from itertools import product
 from typing import Any, Literal
 
 from lorafit.engine.evaluation import Evaluation
 from lorafit.events import Evaluated, Event, Notice
+from lorafit.run.journal import Journal
 
 Observer = Callable[[Event], None]
 
@@ -17,9 +20,18 @@ class Observers(list[Observer]):
 
     def tell(self, *events: Event) -> None:
         """Tell all of them each event, in order."""
-        for event in events:
-            for observer in self:
-                observer(event)
+        for event, observer in product(events, self):
+            observer(event)
+
+    @contextmanager
+    def writing(self, journal: Journal) -> Generator[None]:
+        """`journal` is the last of them inside; it is closed afterwards."""
+        self.append(journal)
+        try:
+            yield
+        finally:
+            self.remove(journal)
+            journal.close()
 
     def say(self, *lines: str) -> None:
         """Tell them each line that is not empty."""

@@ -12,15 +12,28 @@ from lorafit.events import Event, Logged, StepEnd, StepSkipped
 
 PENDING = 8
 """Steps whose numbers may stay unread before the host looks."""
+_SUMS = (
+    *("tokens", "positions", "total_loss", "window_loss"),
+    *("window_steps", "steps", "skipped_in_a_row"),
+)
 
 
 @dataclass(frozen=True, slots=True)
-class _Unread:
+class Done:
+    """A step whose numbers are still on the device. `examples`: see `StepSkipped`."""
+
     step: int
     epoch: float
     result: StepResult
     examples: tuple[int, ...]
     seconds: float
+
+    def read(self) -> StepEnd:
+        """Its numbers; waits for the device."""
+        r = self.result
+        loss, norm = float(r.loss), float(r.gradient_norm)
+        counts = (r.tokens, r.supervised, self.seconds)
+        return StepEnd(self.step, self.epoch, loss, norm, r.learning_rate, *counts)
 
 
 @dataclass
@@ -30,27 +43,24 @@ class Progress:
     limit: int
     first_step: int = 0
     tokens: int = 0
+    positions: int = 0
     total_loss: float = 0.0
     window_loss: float = 0.0
     window_steps: int = 0
     steps: int = 0
     skipped_in_a_row: int = 0
     _last: StepEnd | None = None
-    _unread: list[_Unread] = field(default_factory=list)
+    _unread: list[Done] = field(default_factory=list)
 
-    def add(
-        self,
-        result: StepResult,
-        *,
-        step: int,
-        epoch: float,
-        examples: tuple[int, ...],
-        seconds: float,
-    ) -> bool:
-        """Remember one step; whether it is time to `read`."""
-        self._unread.append(_Unread(step, epoch, result, examples, seconds))
-        self.tokens += result.tokens
-        return len(self._unread) >= PENDING
+    def add(self, done: Done) -> None:
+        """Remember one step, whose numbers are read later."""
+        self._unread.append(done)
+        self.tokens += done.result.tokens
+        self.positions += done.result.positions
+
+    def overdue(self) -> list[Event]:
+        """`read()`, once so many wait that the host should look; nothing until then."""
+        return self.read() if len(self._unread) >= PENDING else []
 
     def read(self) -> list[Event]:
         """The events of the steps not yet read; waits for the device.
@@ -62,25 +72,25 @@ class Progress:
         events: list[Event] = []
         unread, self._unread = self._unread, []
         for done in unread:
-            end = _step_end(done)
+            end = done.read()
             events.append(end)
-            self._count(end)
+            self._last = end
+            self.steps += 1
+            self.window_steps += 1
+            self.window_loss += end.loss
+            self.total_loss += end.loss
             if bool(done.result.applied):
                 self.skipped_in_a_row = 0
-                continue
-            skipped = StepSkipped(done.step, end.loss, end.gradient_norm, done.examples)
-            events.append(skipped)
-            self.skipped_in_a_row += 1
-            if self.skipped_in_a_row >= self.limit:
-                raise TooManySkipped(skipped, self.limit, events=events)
+            else:
+                events.append(self._skipped(done, end, so_far=events))
         return events
 
-    def _count(self, end: StepEnd) -> None:
-        self._last = end
-        self.steps += 1
-        self.window_steps += 1
-        self.window_loss += end.loss
-        self.total_loss += end.loss
+    def _skipped(self, done: Done, end: StepEnd, *, so_far: list[Event]) -> StepSkipped:
+        self.skipped_in_a_row += 1
+        event = StepSkipped(done.step, end.loss, end.gradient_norm, done.examples)
+        if self.skipped_in_a_row >= self.limit:
+            raise TooManySkipped(event, self.limit, events=[*so_far, event])
+        return event
 
     def logged(self) -> Logged | None:
         """The window's mean loss with the last step's numbers; closes the window. None if empty."""
@@ -97,29 +107,12 @@ class Progress:
 
     def sums(self) -> dict[str, float]:
         """What a checkpoint keeps."""
-        names = ("tokens", "total_loss", "window_loss", "window_steps", "skipped_in_a_row")
-        return {**{name: vars(self)[name] for name in names}, "steps": self.steps}
+        return {name: vars(self)[name] for name in _SUMS}
 
     def resume(self, sums: dict[str, float], *, step: int) -> None:
         """Go on from what `sums` gave, after `step` steps."""
         self.first_step = step
-        self.tokens, self.steps = int(sums["tokens"]), int(sums["steps"])
-        self.total_loss, self.window_loss = sums["total_loss"], sums["window_loss"]
-        self.window_steps = int(sums["window_steps"])
-        self.skipped_in_a_row = int(sums["skipped_in_a_row"])
-
-
-def _step_end(done: _Unread) -> StepEnd:
-    return StepEnd(
-        step=done.step,
-        epoch=done.epoch,
-        loss=float(done.result.loss),
-        gradient_norm=float(done.result.gradient_norm),
-        learning_rate=done.result.learning_rate,
-        tokens=done.result.tokens,
-        supervised_tokens=done.result.supervised,
-        seconds=done.seconds,
-    )
+        vars(self).update(sums)
 
 
 class TooManySkipped(NonFiniteError):

@@ -41,15 +41,14 @@ class Signals:
 
 
 @contextmanager
-def listening() -> Generator[Signals]:
-    """Handlers for the block, in the main thread only; elsewhere nothing is ever asked."""
-    signals = Signals()
+def listening(signals: Signals) -> Generator[None]:
+    """`signals` hears for the block, in the main thread only; elsewhere nothing is ever asked."""
     if threading.current_thread() is not threading.main_thread():
-        yield signals
+        yield
         return
     previous = {number: signal.signal(number, signals.heard) for number in HANDLED}
     try:
-        yield signals
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

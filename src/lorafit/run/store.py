@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -102,8 +102,8 @@ def checkpoints(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in named if match)
 
 
-def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose manifest holds, and one line for each that was skipped."""
+def newest(folder: Path, *, fault: Callable[[Path], str] = fault) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without a `fault`, and one line for each that was skipped."""
     skipped: list[str] = []
     for _, path in reversed(checkpoints(folder)):
         why = fault(path)
@@ -116,9 +116,11 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 def rotate(folder: Path, *, keep: int, protected: set[Path]) -> None:
     """Delete the oldest checkpoints of ours beyond `keep`; `protected` ones always stay.
 
-    A folder without our manifest is somebody else's and is never touched.
+    A folder without our manifest is somebody else's and is never touched. Age is when it was
+    written: an earlier run in the same folder may have come further.
     """
-    ours = [path for _, path in checkpoints(folder) if (path / MANIFEST).is_file()]
+    manifests = [path / MANIFEST for _, path in checkpoints(folder) if (path / MANIFEST).is_file()]
+    ours = [file.parent for file in sorted(manifests, key=lambda file: file.stat().st_mtime_ns)]
     surplus = max(0, len(ours) - max(keep, 1))
     for path in [path for path in ours[:-1] if path not in protected][:surplus]:
         condemned = path.with_name(f".{path.name}.deleted-{os.getpid()}")
