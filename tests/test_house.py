@@ -37,9 +37,51 @@ FUNCTION_CODE, KERNEL_CODE, BRANCHES, NESTING = 60, 120, 10, 3
 PARAMETERS, POSITIONAL = 7, 2
 TRANSFORMERS_SHAPED = ("trainer.py", "data/collate.py")  # their public signatures are not ours
 
-# Every function of src/ that runs between two steps' beginnings on the plain path, kernels
-# excepted. Each is named as this file's messages name it: file, colon, qualified name.
-STEP_PATH: tuple[str, ...] = ()
+# Every function of src/ that runs between two steps' beginnings on the plain path (kernels
+# excepted): a map-style set, one fp32 device, the numbers of the last steps read; no log,
+# evaluation or save is due. tests/test_trainer.py traces a run and finds no other.
+# Each is named as this file's messages name it: file, colon, qualified name.
+STEP_PATH: tuple[str, ...] = (
+    "data/loader.py:Loader.steps",
+    "data/loader.py:keeping.collated",
+    "engine/layout.py:MicroBatch.to",
+    "engine/layout.py:_micro_batch",
+    "engine/layout.py:as_given",
+    "engine/objective.py:summed.forward",
+    "engine/objective.py:summed.part",
+    "engine/optim.py:Updater.apply",
+    "engine/optim.py:Updater.norm",
+    "engine/optim.py:Updater.parameters",
+    "engine/precision.py:Precision.autocast",
+    "engine/step.py:Engine._advance",
+    "engine/step.py:Engine._update",
+    "engine/step.py:Engine.step",
+    "run/callbacks.py:Callbacks.asks",
+    "run/callbacks.py:Callbacks.fire",
+    "run/callbacks.py:Callbacks.moved",
+    "run/callbacks.py:Callbacks.says_stop",
+    "run/checkpoint.py:random_state",
+    "run/console.py:Console.__call__",
+    "run/console.py:Console._move_bar",
+    "run/journal.py:Journal.__call__",
+    "run/journal.py:_plain",
+    "run/observers.py:Observers.tell",
+    "run/progress.py:Done.read",
+    "run/progress.py:Progress.add",
+    "run/progress.py:Progress.overdue",
+    "run/progress.py:Progress.read",
+    "run/signals.py:Signals.poll",
+    "session.py:Session._begin_step",
+    "session.py:Session.epoch",
+    "session.py:Session.finish_step",
+    "session.py:Session.reading_is_due",
+    "session.py:Session.steps",
+    "session.py:Watch.after_micro_batch",
+    "session.py:Watch.after_update",
+    "session.py:Watch.before_update",
+    "trainer.py:Trainer._act",
+    "trainer.py:Trainer._epoch",
+)
 STEP_CODE, STEP_BRANCHES = 200, 25
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of

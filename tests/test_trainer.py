@@ -4,6 +4,7 @@ Resuming and stopping are tests/test_trainer_stops.py's, callbacks tests/test_tr
 """
 
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import lorafit
 from lorafit.engine import precision
 from lorafit.errors import ConfigError, NonFiniteError
 from lorafit.events import Notice, RunEnded, StepEnd, StepSkipped
+from tests import test_house as house
 from tests import tiny
 from tests.tiny import adapter, events_of, llama, make, numbers, plain, same
 
@@ -566,3 +568,34 @@ def test_the_log_level_reaches_transformers(tmp_path: Path) -> None:
     make(tmp_path, log_level="error")
     assert logger.level == transformers.utils.logging.ERROR
     logger.setLevel(before)
+
+
+# ---- the path of a step
+
+
+def test_the_path_of_a_step_is_what_the_house_counts(tmp_path: Path) -> None:
+    """What runs between two steps' beginnings, over enough steps that their numbers are read."""
+    begun: list[int] = []
+    ran: set[tuple[str, int]] = set()
+
+    def trace(frame: Any, event: str, _: Any) -> None:
+        if event == "call":
+            ran.add((frame.f_code.co_filename, frame.f_code.co_firstlineno))
+
+    class Between(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            begun.append(state.global_step)
+            sys.setprofile({2: trace, 12: None}.get(len(begun), sys.getprofile()))
+
+    trainer = make(tmp_path, data=plain(60), logging_steps=500, callbacks=[Between])
+    try:
+        trainer.train()
+    finally:
+        sys.setprofile(None)
+    found = set()
+    for item in house.functions():
+        file = str(house.PACKAGE / item.source.name)
+        rows = [item.node.lineno, *(d.lineno for d in item.node.decorator_list)]
+        if item.source.room != "kernels" and any((file, row) in ran for row in rows):
+            found.add(f"{item.source.name}:{item.path}")
+    assert found | {"trainer.py:Trainer._epoch"} == set(house.STEP_PATH)

@@ -308,7 +308,7 @@ class Trainer:
             self._callbacks.fire("on_step_begin")
             result = run.engine.step(run.layout(step.batches), Watch(self._callbacks, run.signals))
             run.finish_step(result, examples=step.examples)
-            self._callbacks.moved(run.position.step, run.epoch(), run.progress)
+            self._callbacks.moved(run.position.step, run.epoch(), seen=run.progress)
             self.observers.tell(*run.progress.overdue())
             self._callbacks.fire("on_step_end")
             self._act(run)

@@ -68,7 +68,7 @@ class Callbacks:
         """What callbacks receive by name from now on: model, optimizer, lr_scheduler, ..."""
         vars(self.handler).update(parts)
 
-    def moved(self, step: int, epoch: float, seen: Seen) -> None:
+    def moved(self, step: int, epoch: float, *, seen: Seen) -> None:
         """The state after a step: where the run stands, and what it has `seen` so far.
 
         Operations are counted as transformers does: 6 per parameter and position.
