@@ -262,15 +262,26 @@ class PassedOn(lorafit.Trainer):
         return super().compute_loss(*args, **kwargs)
 
 
+class Bare(lorafit.Trainer):
+    """Returns the loss alone whatever is asked."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        return super().compute_loss(model, inputs, num_items_in_batch=kwargs["num_items_in_batch"])
+
+
 def losses(trainer: Any) -> list[float]:
     trainer.train()
     return [loss for loss, _ in numbers(trainer, "loss", "grad_norm")]
 
 
-@pytest.mark.parametrize("kind", [Counted, PassedOn])
+@pytest.mark.parametrize("kind", [Counted, PassedOn, Bare])
 def test_an_override_that_counts_is_exact(tmp_path: Path, kind: Any) -> None:
     expected = losses(make(tmp_path))
-    assert losses(make(tmp_path, kind=kind)) == pytest.approx(expected, rel=1e-6)
+    trainer = make(tmp_path, kind=kind)
+    assert losses(trainer) == pytest.approx(expected, rel=1e-6)
+    held = plain(5)
+    ours = trainer.evaluate(held)["eval_loss"]
+    assert ours == pytest.approx(mean_nats(trainer.model, held), rel=1e-3)
 
 
 def test_an_override_that_does_not_count_is_a_mean_of_means(tmp_path: Path) -> None:

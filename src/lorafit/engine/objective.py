@@ -149,7 +149,7 @@ def own_loss(
 
 def logits_of(outputs: Any) -> Any:
     """What transformers' Trainer calls predictions: every output but the loss, one bare."""
-    if isinstance(outputs, Tensor):
+    if outputs is None or isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
         kept = tuple(value for name, value in outputs.items() if name != "loss")

@@ -37,6 +37,8 @@ class Updater:
         self._hooks = [p.register_post_accumulate_grad_hook(self._to_master) for p in masters]
         if masters:
             self._hooks.append(optimizer.register_step_post_hook(self._from_masters))
+        # torch's schedules warn where no step came before theirs: here it may not have been applied
+        vars(optimizer)["_opt_called"] = True
         self._skips_on_device = _reads_found_inf(optimizer)
 
     def close(self) -> None:
@@ -174,8 +176,8 @@ def _unpaged(name: str, parameter_groups: list[Any]) -> tuple[str, str]:
 
 def _bitsandbytes(name: str, adam: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]]:
     try:
-        from bitsandbytes.optim.adamw import AdamW
-        from bitsandbytes.optim.lion import Lion
+        from bitsandbytes.optim.adamw import AdamW  # pyright: ignore[reportMissingImports]
+        from bitsandbytes.optim.lion import Lion  # pyright: ignore[reportMissingImports]
     except ImportError as missing:
         raise MissingPackageError(
             f"optim={name!r} is bitsandbytes' optimiser, which is not installed.",

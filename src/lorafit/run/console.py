@@ -8,7 +8,6 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
@@ -37,7 +36,7 @@ class Console:
         self._terminal = terminal or Terminal(highlight=False, soft_wrap=True)
         self._live = live and self._terminal.is_terminal
         self._bar = Progress(disable=True)
-        self._task = TaskID(0)
+        self._task = self._bar.add_task("")
 
     def __call__(self, event: Event) -> None:
         """Print the event's line, if it has one, or move the bar."""

@@ -1,0 +1,63 @@
+"""What a person sees: every event's line, and a bar that moves where it can."""
+
+import io
+
+import pytest
+from rich.console import Console as Terminal
+
+from lorafit.events import (
+    Evaluated,
+    Event,
+    Logged,
+    Notice,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepEnd,
+    StepSkipped,
+)
+from lorafit.run.console import Console
+
+STARTED = RunStarted(1200, 16, 4, 4, 1, 75, 5, 1.0, 100, 10_000, "cpu", "fp32", "as_given")
+STEP = StepEnd(6, 0.5, 1.25, 2.0, 0.1, 100, 50, 0.5)
+ENDED = RunEnded(75, 1.0, 1.2, 9.0, "finished", "out/checkpoint-9")
+
+
+def shown(*events: Event, live: bool = False, terminal: bool = False) -> str:
+    file = io.StringIO()
+    console = Console(
+        live=live, terminal=Terminal(file=file, force_terminal=terminal, width=200, highlight=False)
+    )
+    for event in events:
+        console(event)
+    return file.getvalue()
+
+
+def test_the_effective_batch_comes_first() -> None:
+    text = shown(STARTED)
+    assert "1,200 examples, 16 per step (4 x 4 accumulated x 1 process): 75 steps" in text
+    assert "100 of 10,000 parameters train (1.00%) on cpu in fp32" in text
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (Notice("a [bold]line[/bold]"), ["note: a [bold]line[/bold]"]),
+        (Logged(6, 0.5, 1.25, 2.0, 1e-4), ["step      6", "loss 1.2500", "1.00e-04"]),
+        (StepSkipped(6, float("nan"), 2.0, (4, 5)), ["NOT APPLIED", "loss nan", "[4, 5]"]),
+        (Evaluated("eval", 6, 0.5, 1.5, 9, 1000, 2.0, "asked"), ["eval loss 1.5000", "1,000"]),
+        (Saved("out/x", 6, 2_500_000), ["saved out/x (2.5 MB)"]),
+        (ENDED, ["finished after 75 steps", "best adapter restored: out/checkpoint-9"]),
+    ],
+)
+def test_lines(event: Event, words: list[str]) -> None:
+    text = shown(event)
+    assert text.count("\n") == 1 and all(word in text for word in words)
+
+
+def test_a_step_is_drawn_not_printed() -> None:
+    assert shown(STEP) == "" == shown(STEP, live=True)
+    assert "6/75" not in shown(STARTED, STEP, ENDED)
+    assert "6/75" not in shown(STARTED, STEP, ENDED, terminal=True)
+    live = shown(STARTED, STEP, ENDED, live=True, terminal=True)
+    assert "6/75" in live and "loss 1.2500 · 200 tokens/s" in live

@@ -1,0 +1,73 @@
+"""The journal: one line an event, and one line a step however often a run is resumed."""
+
+import json
+from pathlib import Path
+
+from lorafit.events import Event, Logged, Notice, RunEnded, RunStarted, Saved, StepSkipped
+from lorafit.run.journal import Journal
+
+STARTED = RunStarted(9, 4, 2, 2, 1, 9, 0, 1.0, 1, 2, "cpu", "fp32", "as_given")
+
+
+def logged(step: int) -> Logged:
+    return Logged(step, 0.5, 1.0, 2.0, 0.1)
+
+
+def write(folder: Path, *events: Event, resumed_at: int | None = None) -> None:
+    journal = Journal(folder, resumed_at=resumed_at)
+    for event in events:
+        journal(event)
+    journal.close()
+
+
+def lines(folder: Path) -> list[tuple[str, int]]:
+    read = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    return [(line["event"], line.get("step", -1)) for line in read]
+
+
+def test_lines_are_json_and_flushed(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run")
+    journal(StepSkipped(3, float("nan"), float("inf"), (4, 5)))
+    journal(Notice("größer"))
+    text = (tmp_path / "run" / "journal.jsonl").read_text(encoding="utf-8")
+    first, second = map(json.loads, text.splitlines())
+    assert first == {
+        "event": "StepSkipped",
+        "step": 3,
+        "loss": "nan",
+        "gradient_norm": "inf",
+        "examples": [4, 5],
+    }
+    assert second == {"event": "Notice", "text": "größer"} and "größer" in text
+    journal.close()
+
+
+def test_a_fresh_run_appends(tmp_path: Path) -> None:
+    write(tmp_path, STARTED, logged(1))
+    write(tmp_path, STARTED, logged(1))
+    assert [name for name, _ in lines(tmp_path)] == ["RunStarted", "Logged"] * 2
+
+
+def test_resuming_forgets_what_came_after_the_save(tmp_path: Path) -> None:
+    ended = RunEnded(3, 1.0, 1.0, 1.0, "interrupted")
+    saved = Saved("elsewhere/checkpoint-2", 2, 9)
+    write(tmp_path, STARTED, logged(9))
+    write(tmp_path, STARTED, logged(1), logged(2), saved, Notice("late"), logged(3), ended)
+    write(tmp_path, logged(3), resumed_at=2)
+    assert lines(tmp_path) == [
+        *[("RunStarted", -1), ("Logged", 9), ("RunStarted", -1)],
+        *[("Logged", 1), ("Logged", 2), ("Saved", 2), ("Logged", 3)],
+    ]
+
+
+def test_without_the_line_of_the_save_steps_decide(tmp_path: Path) -> None:
+    write(tmp_path, STARTED, logged(1), logged(2), logged(3))
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"event": "Saved", "pa')  # killed here
+    write(tmp_path, logged(3), resumed_at=2)
+    assert lines(tmp_path) == [("RunStarted", -1), ("Logged", 1), ("Logged", 2), ("Logged", 3)]
+
+
+def test_resuming_into_a_new_folder_starts_a_journal(tmp_path: Path) -> None:
+    write(tmp_path, logged(3), resumed_at=2)
+    assert lines(tmp_path) == [("Logged", 3)]
