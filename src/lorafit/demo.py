@@ -29,7 +29,8 @@ def run(folder: Path, *, overwrite: bool = False) -> None:
     """
     terminal = Terminal(highlight=False, soft_wrap=True)
     with as_file(files("lorafit") / "assets" / "base") as base:
-        prepared = job.prepare(settings(folder, base, overwrite=overwrite), rows())
+        data = rows()
+        prepared = job.prepare(settings(folder, base, overwrite=overwrite), data)
         readings: list[float] = []
         prepared.trainer.observers.append(lambda event: _note_reading(event, readings))
         terminal.print(
@@ -39,8 +40,7 @@ def run(folder: Path, *, overwrite: bool = False) -> None:
         )
         trained = prepared.run()
         tuned = adapters.load_tuned(trained, base=str(base))
-        _, held_out = docstrings.pairs()
-        questions = [pair.question for pair in held_out[:SHOWN]]
+        questions = [row.fields["question"] for row in data.evaluation[:SHOWN]]
         sampling = Sampling(max_new_tokens=64)
         before = answer_with_base(tuned, questions, sampling=sampling)
         after = answer(tuned, questions, sampling=sampling)

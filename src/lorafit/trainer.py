@@ -272,8 +272,7 @@ class Trainer:
 
     def save_state(self) -> None:
         """Write trainer_state.json to `output_dir`."""
-        folder = Path(self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = store.make_folder(Path(self.args.output_dir))
         self._callbacks.keep_state(str(folder / "trainer_state.json"))
 
     # ---- the loop ------------------------------------------------------------------------------
