@@ -227,8 +227,11 @@ def test_numbers_wait_no_longer_than_eight_steps(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"model": None}, "either a model or model_init"),
-        ({"compute_metrics": lambda predictions: {}}, "compute_metrics"),
+        ({"model": None}, "either a `model` or `model_init`"),
+        (
+            {"optimizers": (None, 1), "optimizer_cls_and_kwargs": (torch.optim.SGD, {})},
+            "leave one",
+        ),
     ],
 )
 def test_what_a_trainer_refuses(tmp_path: Path, given: dict[str, Any], said: str) -> None:
@@ -240,9 +243,9 @@ def test_what_train_and_evaluate_refuse(tmp_path: Path) -> None:
     trainer = make(tmp_path)
     with pytest.raises(ConfigError, match="hyperparameter_search"):
         trainer.train(trial=object())
-    with pytest.raises(ConfigError, match="no evaluation set"):
+    with pytest.raises(ConfigError, match="requires an eval_dataset"):
         trainer.evaluate()
-    with pytest.raises(ConfigError, match="no training set"):
+    with pytest.raises(ConfigError, match="requires a train_dataset"):
         lorafit.Trainer(llama(), tiny.arguments(tmp_path)).train()
 
 

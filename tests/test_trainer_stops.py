@@ -116,7 +116,7 @@ def test_a_random_collator_resumes(tmp_path: Path) -> None:
 
 
 def test_auto_starts_afresh_and_true_does_not(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no whole checkpoint"):
+    with pytest.raises(UsageError, match="No valid checkpoint found"):
         run(tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
     assert run(tmp_path / "run", resume="auto", max_steps=2).state.global_step == 2

@@ -157,6 +157,10 @@ class TrainingArguments(Panel):
     adam_beta1: float = _optim(0.9, "Decay of Adam's first moment.", span=PART)
     adam_beta2: float = _optim(0.999, "Decay of Adam's second moment.", span=PART)
     adam_epsilon: float = _optim(1e-8, "Added to Adam's denominator.", span=FROM_0)
+    loraplus_lr_ratio: float | None = _optim(
+        None, "Learning rate of LoRA's B over that of its A (LoRA+, about 16); none: the same.",
+        span=FROM_0,
+    )  # fmt: skip
     max_grad_norm: float = _optim(1.0, "Longest gradient; 0: any.", span=FROM_0)
 
     label_smoothing_factor: float = _loss(

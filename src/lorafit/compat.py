@@ -149,3 +149,51 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
     from transformers.trainer_utils import enable_full_determinism
 
     enable_full_determinism(seed) if deterministic else transformers.set_seed(seed)
+
+
+def eval_prediction(parts: Mapping[str, Any]) -> Any:
+    """transformers' `EvalPrediction`: predictions, label_ids; inputs and losses where given."""
+    from transformers import EvalPrediction
+
+    wanted = ("predictions", "label_ids", "inputs", "losses")
+    return EvalPrediction(**{name: parts.get(name) for name in wanted})  # type: ignore[arg-type]
+
+
+def eval_container(*, joined: bool) -> Any:
+    """transformers' container of an evaluation's tensors, joined or as a list of batches."""
+    from transformers.trainer_pt_utils import EvalLoopContainer
+
+    return EvalLoopContainer(joined, padding_index=-100)
+
+
+def plain_metrics(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """`metrics` with Python's numbers for numpy's and torch's scalars."""
+    from transformers.trainer_utils import denumpify_detensorize
+
+    return denumpify_detensorize(dict(metrics))  # type: ignore[return-value]
+
+
+def metrics_format(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """transformers' readable form of a run's metrics: rounded, times as h:mm:ss."""
+    from transformers.trainer_pt_utils import metrics_format
+
+    return metrics_format(dict(metrics))
+
+
+def log_metrics(trainer: Any, split: str, *, metrics: Mapping[str, Any]) -> None:
+    """Print metrics as transformers does."""
+    from transformers.trainer_pt_utils import log_metrics
+
+    log_metrics(trainer, split, dict(metrics))
+
+
+def save_metrics(trainer: Any, split: str, *, metrics: Mapping[str, Any], combined: bool) -> None:
+    """Write `{split}_results.json` and `all_results.json` as transformers does."""
+    from transformers.trainer_pt_utils import save_metrics
+
+    save_metrics(trainer, split, dict(metrics), combined=combined)
+
+
+def tokenizer_of(collator: Any) -> Any:
+    """The tokenizer that a collator holds, as transformers' collators do; None without one."""
+    return getattr(collator, "processing_class", None) or getattr(collator, "tokenizer", None)

@@ -7,60 +7,64 @@ things happen.
 import inspect
 import math
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import Subset
 
-from lorafit import compat
 from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
-from lorafit.engine.evaluation import Evaluation, Readings, evaluate, plan_readings
-from lorafit.engine.layout import MicroBatch, as_given
-from lorafit.engine.objective import ComputeLoss, Objective
+from lorafit.engine.evaluation import Evaluation, Readings, plan_readings
+from lorafit.engine.layout import MicroBatch
+from lorafit.engine.objective import ComputeLoss, Objective, Whole
+from lorafit.engine.optim import Recipe, Updater
 from lorafit.engine.precision import Precision
 from lorafit.engine.step import Engine
 from lorafit.errors import ConfigError
-from lorafit.model import base
+from lorafit.model import adapters, base
 from lorafit.run.callbacks import speed_metrics
+from lorafit.run.checkpoint import Position
 
-Collate = Callable[[list[Any]], Any]
-Overridden = Literal["", "compute_loss", "compute_loss_func"]
+START = Position(0, 0, 0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`steps` optimiser steps over `epochs` (begun) epochs. What an epoch has of steps and of
-    batches is None for a stream."""
+    """`steps` optimiser steps over `epochs` (begun) epochs of `batches_per_epoch` batches. A stream
+    counts as one epoch, as long as the run; `steps_per_epoch` is None for it."""
 
     steps: int
     epochs: int
     steps_per_epoch: int | None
-    batches_per_epoch: int | None
+    batches_per_epoch: int
 
 
-def plan(arguments: TrainingArguments, training: loader.Loader) -> Plan:
+def plan(arguments: TrainingArguments, training: loader.Loader, *, done: Position) -> Plan:
     """How long the run is; `max_steps` overrides `num_train_epochs`.
+
+    Args:
+        done: Where a resumed run goes on. It may have had other batches: what is left of its
+            epochs is counted in batches of this one.
 
     Raises:
         ConfigError: a stream without max_steps, or an empty training set.
     """
     per_epoch, batches = training.steps_per_epoch, training.batches_per_epoch
-    if per_epoch is None:
+    if per_epoch is None or batches is None:
         if arguments.max_steps <= 0:
             raise ConfigError(
                 "The training set is a stream: it has no length, and max_steps is not set.",
                 why="The schedule needs to know how many steps there will be.",
                 fix="Write max_steps=1000, say.",
             )
-        return Plan(arguments.max_steps, sys.maxsize, None, None)
+        endless = arguments.max_steps * training.per_step
+        return Plan(arguments.max_steps, sys.maxsize, None, endless)
     if per_epoch == 0:
         raise ConfigError(
             "The training set gives no batch.",
@@ -68,64 +72,96 @@ def plan(arguments: TrainingArguments, training: loader.Loader) -> Plan:
             fix="Pass more examples, or dataloader_drop_last=False.",
         )
     if arguments.max_steps > 0:
-        steps, epochs = arguments.max_steps, arguments.max_steps / per_epoch
-    else:
-        steps, epochs = (
-            math.ceil(arguments.num_train_epochs * per_epoch),
-            arguments.num_train_epochs,
-        )
-    return Plan(steps, math.ceil(epochs), per_epoch, batches)
+        return Plan(arguments.max_steps, -(-arguments.max_steps // per_epoch), per_epoch, batches)
+    passes = arguments.num_train_epochs
+    begun = -(-done.rows // (training.size * training.per_step))
+    equivalent = done.epoch * per_epoch + begun
+    steps = max(done.step, done.step + math.ceil(passes * per_epoch) - equivalent)
+    return Plan(steps, math.ceil(passes), per_epoch, batches)
 
 
-def columns_kept(collate: Collate, model: nn.Module, *, arguments: TrainingArguments) -> Collate:
+def columns_kept(
+    collate: loader.Collate, model: nn.Module, *, arguments: TrainingArguments
+) -> loader.Collate:
     """`collate` on rows that hold only what the model's forward takes, if that is wanted."""
     if not arguments.remove_unused_columns:
         return collate
     return loader.keeping(base.forward_names(model, arguments.label_names), collate)
 
 
-def _workers(arguments: TrainingArguments) -> loader.Workers:
-    return loader.Workers(
-        num_workers=arguments.dataloader_num_workers,
-        pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
-        prefetch_factor=arguments.dataloader_prefetch_factor,
-        persistent=arguments.dataloader_persistent_workers,
-    )
-
-
-def training_loader(
-    dataset: Any, collate: Collate, *, arguments: TrainingArguments
-) -> loader.Loader:
-    """The steps of the training set in the order that seed and sampling strategy give."""
-    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
-    return loader.Loader(
+def data_loader(
+    dataset: Any,
+    collate: loader.Collate,
+    *,
+    arguments: TrainingArguments,
+    sampler: Any,
+    training: bool,
+) -> loader.SeededLoader:
+    """The batches of a set in the sampler's order. Only a training set's last may be left out."""
+    return loader.make_loader(
         dataset,
         collate,
-        batches=loader.Batches(
-            size=arguments.per_device_train_batch_size,
-            per_step=arguments.gradient_accumulation_steps,
-            drop_last=arguments.dataloader_drop_last,
+        size=arguments.train_batch_size if training else arguments.eval_batch_size,
+        sampler=sampler,
+        drop_last=training and arguments.dataloader_drop_last,
+        workers=loader.Workers(
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+            prefetch_factor=arguments.dataloader_prefetch_factor,
+            persistent=arguments.dataloader_persistent_workers,
         ),
-        ordering=_ordering(dataset, arguments, seed=seed),
-        workers=_workers(arguments),
-        seed=seed,
+        seed=order_seed(arguments),
     )
 
 
-def _ordering(
-    dataset: Any, arguments: TrainingArguments, *, seed: int
-) -> Callable[[int], Iterable[int]]:
+def order_seed(arguments: TrainingArguments) -> int:
+    """What decides the order of examples."""
+    return arguments.seed if arguments.data_seed is None else arguments.data_seed
+
+
+def train_sampler(dataset: Any, arguments: TrainingArguments) -> loader.Order | None:
+    """The order that seed and sampling strategy give; None for a stream."""
+    if loader.is_stream(dataset):
+        return None
+    count, seed = len(dataset), order_seed(arguments)
     match arguments.train_sampling_strategy:
         case "sequential":
-            return lambda _: range(len(dataset))
+            return loader.Order(count, lambda _: range(count))
         case "group_by_length":
             lengths = loader.lengths_of(dataset, arguments.length_column_name)
             group = arguments.effective_batch_size
-            return lambda epoch: loader.order_by_length(
-                lengths, group=group, seed=seed, epoch=epoch
+            return loader.Order(
+                count,
+                lambda epoch: loader.order_by_length(lengths, group=group, seed=seed, epoch=epoch),
             )
         case _:
-            return lambda epoch: loader.order(len(dataset), seed=seed, epoch=epoch)
+            return loader.Order(count, lambda epoch: loader.order(count, seed=seed, epoch=epoch))
+
+
+def eval_sampler(dataset: Any) -> Sequence[int] | None:
+    """A set's own order; None for a stream."""
+    return None if loader.is_stream(dataset) else range(len(dataset))
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What of the Trainer's methods a subclass, or an assignment to an instance, has replaced;
+    `compute_loss_func` counts as one."""
+
+    names: frozenset[str]
+
+    def any_of(self, *names: str) -> bool:
+        """Whether one of them is replaced."""
+        return not self.names.isdisjoint(names)
+
+    @property
+    def notice(self) -> str:
+        """One line where micro-batches must be run as the collator made them; else empty."""
+        step = self.names & {"compute_loss", "compute_loss_func", "training_step"}
+        data = self.names & {"get_train_dataloader", "_get_train_sampler"}
+        if not step | data:
+            return ""
+        return f"micro-batches are run as given: {', '.join(sorted(step | data))} is yours"
 
 
 def objective(
@@ -133,29 +169,45 @@ def objective(
     compute_loss: ComputeLoss,
     *,
     arguments: TrainingArguments,
-    overridden: Overridden,
-    counting: bool,
+    overrides: Overrides,
+    divided: bool,
 ) -> Objective:
     """Our summed nats where the model's loss is plain cross entropy and nobody overrides it.
 
     Args:
         compute_loss: The trainer's, for every other case.
-        overridden: What replaces the model's loss, if anything.
-        counting: Whether `compute_loss` is told the step's supervised tokens.
+        divided: Whether it divides by the step's supervised tokens.
     """
-    if not overridden and base.is_plain_causal(model):
+    if not overrides.any_of("compute_loss", "compute_loss_func") and base.is_plain_causal(model):
         return objectives.summed(smoothing=arguments.label_smoothing_factor)
-    if arguments.label_smoothing_factor:
+    return objectives.own(compute_loss, divided=divided, shifted=base.declares_causal_loss(model))
+
+
+def check_given(
+    *, model: Any, model_init: Any, optimizers: tuple[Any, Any], kind: tuple[Any, Any] | None
+) -> None:
+    """Nothing, if a Trainer can be made of these.
+
+    Raises:
+        ConfigError: a model or an optimiser is given twice, or no model.
+    """
+    if (model is None) == (model_init is None):
         raise ConfigError(
-            "label_smoothing_factor works on causal language models whose loss is plain cross "
-            f"entropy; {type(model).__name__} computes its own, or it is overridden.",
-            fix="Leave label_smoothing_factor out, or smooth inside your own loss.",
+            "`Trainer` requires either a `model` or `model_init` argument: one of them.",
+            fix="Trainer(model=...) or Trainer(model_init=lambda: ...).",
         )
-    return objectives.own(
-        compute_loss,
-        divided=counting and (base.accepts_count(model) or overridden == "compute_loss_func"),
-        shifted=base.declares_causal_loss(model),
-    )
+    if kind and tuple(optimizers) != (None, None):
+        raise ConfigError(
+            "optimizers and optimizer_cls_and_kwargs are both given: leave one.",
+            fix="The first is an optimiser that is made, the second how to make one.",
+        )
+
+
+def needed(function: Callable[..., Any]) -> int:
+    """How many arguments a call of `function` must give by position."""
+    bare = inspect.Parameter.empty
+    taken = inspect.signature(function).parameters.values()
+    return sum(p.default is bare and p.kind <= p.POSITIONAL_OR_KEYWORD for p in taken)
 
 
 def takes_count(compute_loss: Callable[..., Any]) -> bool:
@@ -165,19 +217,49 @@ def takes_count(compute_loss: Callable[..., Any]) -> bool:
     return "num_items_in_batch" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
+def recipe(arguments: TrainingArguments, given: tuple[Any, dict[str, Any]] | None) -> Recipe:
+    """The optimiser's class and keyword arguments: those `given`, else what `optim` names."""
+    return Recipe(*given) if given else optim.named(arguments, arguments.device)
+
+
+def optimizer(
+    model: nn.Module, made_by: Recipe, *, arguments: TrainingArguments, decayed: Sequence[str]
+) -> Optimizer:
+    """The optimiser of the trainable parameters, in groups with and without weight decay, or in
+    LoRA+'s.
+
+    Args:
+        decayed: Names of the parameters that take weight decay.
+
+    Raises:
+        ConfigError: nothing is trainable.
+    """
+    grouped = optim.groups(model, decayed=decayed, decay=arguments.weight_decay)
+    if not arguments.loraplus_lr_ratio:
+        return made_by.make(grouped)
+    return adapters.loraplus(
+        model,
+        made_by.kind,
+        options=made_by.options,
+        ratio=arguments.loraplus_lr_ratio,
+        decay=arguments.weight_decay,
+    )
+
+
 def engine(
     model: nn.Module,
     objective: Objective,
     *,
     arguments: TrainingArguments,
     precision: Precision,
-    steps: int,
-    given: tuple[Optimizer | None, Any],
-) -> tuple[Engine, str]:
-    """The engine, and one line where the optimiser departs from its name.
+    updater: tuple[Optimizer, Any],
+    run_part: Callable[[MicroBatch, Whole], Tensor] | None,
+) -> Engine:
+    """The engine.
 
     Args:
-        given: The user's own optimiser and schedule; None for those to be made.
+        updater: Optimiser and schedule.
+        run_part: See `Engine`.
     """
     model = base.prepared(model, arguments)
     if arguments.torch_compile:
@@ -186,22 +268,16 @@ def engine(
             backend=arguments.torch_compile_backend or "inductor",
             mode=arguments.torch_compile_mode,
         )
-    optimizer, schedule = given
-    if optimizer is None:
-        updater, notice = optim.build(model, arguments, device=precision.device)
-    else:
-        updater, notice = optim.Updater(optimizer, {}), ""
-    if schedule is None:
-        schedule = compat.make_scheduler(updater.optimizer, arguments, total_steps=steps)
-    made = Engine(
+    optimizer, schedule = updater
+    return Engine(
         model,
         objective,
-        updater=updater,
+        updater=Updater(optimizer),
         schedule=schedule,
         precision=precision,
         max_norm=arguments.max_grad_norm,
+        run_part=run_part,
     )
-    return made, notice
 
 
 def readings(plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: Any) -> Readings:
@@ -209,10 +285,10 @@ def readings(plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: 
     for named sets, and where `eval_strategy` was written out."""
     written = arguments.was_set("eval_strategy") or arguments.eval_strategy != "no"
     asked = written or isinstance(held_out, dict)
-    size = examples_of(held_out)
+    size = loader.length_of(held_out)
     if asked or not size or plan.steps_per_epoch is None:
         return Readings(frozenset(), 0)
-    processed = round((examples_of(train) or 0) * plan.steps / plan.steps_per_epoch)
+    processed = round((loader.length_of(train) or 0) * plan.steps / plan.steps_per_epoch)
     return plan_readings(
         steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, examples=processed, held_out=size
     )
@@ -220,56 +296,38 @@ def readings(plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: 
 
 def subset(dataset: Any, examples: int, *, seed: int) -> Any:
     """`examples` of a map-style set, drawn once by the seed; all of it where it has no more."""
-    size = examples_of(dataset)
+    size = loader.length_of(dataset)
     if size is None or examples >= size:
         return dataset
     return Subset(dataset, loader.order(size, seed=seed, epoch=0)[:examples])
 
 
-def measure(
-    model: nn.Module,
-    dataset: Any,
-    *,
-    collate: Collate,
-    arguments: TrainingArguments,
-    objective: Objective,
-    precision: Precision,
-    after_batch: Callable[[], None],
-) -> Evaluation:
-    """Evaluate `model` on all of `dataset`, in its order."""
-    batches = loader.in_order(
-        dataset,
-        columns_kept(collate, model, arguments=arguments),
-        batch_size=arguments.per_device_eval_batch_size,
-        workers=_workers(arguments),
-    )
-    names = base.label_names(model, arguments.label_names)
-
-    def told() -> Iterator[MicroBatch]:
-        for batch in batches:
-            yield as_given([batch], shifted=objective.shifted, labels=names)[0]
-            after_batch()
-
-    return evaluate(model, told(), objective=objective, precision=precision)
+def metrics_of(measured: Evaluation, computed: Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
+    """An evaluation under transformers' names: its loss, if it has one, and what is computed."""
+    loss = {} if measured.loss is None else {f"{prefix}_loss": measured.loss}
+    mark = f"{prefix}_"
+    named = {key if key.startswith(mark) else mark + key: computed[key] for key in computed}
+    return named | loss
 
 
-def metrics_of(measured: Evaluation, *, prefix: str, batch_size: int) -> dict[str, float]:
-    """An evaluation under transformers' names: loss, runtime (seconds), rates per second."""
-    rates = speed_metrics(
-        prefix,
-        time.time() - measured.seconds,
-        num_samples=measured.examples,
-        num_steps=math.ceil(measured.examples / batch_size),
-    )
-    return {f"{prefix}_loss": measured.loss, **rates}
+def speed_of(prefix: str, began: float, *, examples: int, batch_size: int) -> dict[str, float]:
+    """Runtime (seconds) and rates per second of an evaluation that `began` then."""
+    steps = math.ceil(examples / batch_size)
+    return speed_metrics(prefix, began, num_samples=examples, num_steps=steps)
 
 
-def examples_of(dataset: Any) -> int | None:
-    """How many examples a set holds; None for a stream, or for no set."""
-    try:
-        return len(dataset)
-    except TypeError:
-        return None
+def differing(arguments: TrainingArguments, kept: Mapping[str, Any]) -> str:
+    """One line that names each argument which differs from the checkpoint's; empty if none does."""
+    now = arguments.to_sanitized_dict()
+    said = [
+        f"{name}={now[name]!r} (was {kept[name]!r})"
+        for name in arguments.knobs
+        if name in kept and name not in _OF_ONE_RUN and now[name] != kept[name]
+    ]
+    return f"arguments that differ from the checkpoint's: {', '.join(said)}" if said else ""
+
+
+_OF_ONE_RUN = ("resume_from_checkpoint", "overwrite", "output_dir")
 
 
 def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) -> float:

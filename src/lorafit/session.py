@@ -4,6 +4,7 @@ Owns position and random state, and what happens inside a step besides arithmeti
 the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,9 +19,10 @@ from lorafit.data.loader import Loader, StepBatches
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.step import Engine, StepResult
+from lorafit.errors import ConfigError
 from lorafit.events import Reason, RunEnded, RunStarted
 from lorafit.model import adapters
-from lorafit.parts import Plan
+from lorafit.parts import START, Plan
 from lorafit.run import checkpoint
 from lorafit.run.callbacks import Callbacks, speed_metrics
 from lorafit.run.checkpoint import Kept, Position, RunState
@@ -29,8 +31,6 @@ from lorafit.run.signals import Signals
 
 Layout = Callable[[Sequence[Any]], Sequence[MicroBatch]]
 """The collated batches of a step -> its micro-batches."""
-
-START = Position(0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,11 @@ class Watch:
 @dataclass
 class Session:
     """Mutable: `position` counts finished steps; `step_began` is the random state at the beginning
-    of a step that has not finished, None between steps; `saved_in` is the whole checkpoint that was
-    saved at step `saved_at`, None before the first."""
+    of a step that has not finished, None between steps; `epoch_began` that at the beginning of an
+    epoch whose rows are found by reading; `saved_in` is the whole checkpoint that was saved at step
+    `saved_at`, None before the first."""
 
+    arguments: TrainingArguments
     plan: Plan
     engine: Engine
     loader: Loader
@@ -68,57 +70,86 @@ class Session:
     progress: Progress
     readings: Readings
     notices: tuple[str, ...] = ()
-    empty_cache_steps: int | None = None
     signals: Signals = field(default_factory=Signals)
     started: float = field(default_factory=time.time)
     position: Position = START
     step_began: dict[str, Any] | None = None
+    epoch_began: dict[str, Any] | None = None
+    resumed: Kept | None = None
+    ignore_keys: list[str] | None = None
     clock: float = 0.0
     saved_at: int = 0
     saved_in: Path | None = None
     read_at: set[int] = field(default_factory=set)
 
     def epoch(self) -> float:
-        """The position in epochs."""
-        if self.plan.batches_per_epoch is None:
-            return self.position.step / self.plan.steps
-        batches = self.position.in_epoch * self.loader.batches_per_step
+        """The position in epochs, by batches as transformers counts them."""
+        batches = -(-self.position.rows // self.loader.size)
         return self.position.epoch + min(1.0, batches / self.plan.batches_per_epoch)
 
     def steps(self, epoch: int) -> Iterator[StepBatches]:
         """What is left of `epoch`. The random state before each step's rows are read is remembered,
         as the step may be abandoned and its rows read again."""
-        self._begin_step()
-        for step in self.loader.steps(epoch, skip=self.position.in_epoch):
+        for step in self._begin_epoch(epoch):
             yield step
             self._begin_step()
         self.step_began = None
 
+    def _begin_epoch(self, epoch: int) -> Iterator[StepBatches]:
+        """The steps of `epoch`. A resumed epoch whose rows are found by reading is read from its
+        beginning with the random state that it had there."""
+        kept, self.resumed = self.resumed, None
+        if kept and kept.state.epoch_began:
+            checkpoint.set_random_state(kept.state.epoch_began)
+        if self.loader.order is None:
+            self.epoch_began = checkpoint.random_state()
+        steps = self.loader.epoch(epoch, skip=self.position.rows)
+        if kept:
+            checkpoint.set_random_state(kept.state.random_state)
+        self._begin_step()
+        return steps
+
     def _begin_step(self) -> None:
         self.step_began, self.clock = checkpoint.random_state(), time.perf_counter()
 
-    def finish_step(self, result: StepResult, *, examples: tuple[int, ...]) -> None:
-        """Move on by one step."""
+    def finish_step(self, result: StepResult, *, of: StepBatches) -> None:
+        """Move on by one step, the one `of` these batches."""
         here = self.position
-        self.position = Position(here.step + 1, here.epoch, here.in_epoch + 1)
+        self.position = Position(here.step + 1, here.epoch, here.rows + of.rows)
         self.step_began = None
-        if self.empty_cache_steps and self.position.step % self.empty_cache_steps == 0:
+        if self.position.step % (self.arguments.torch_empty_cache_steps or math.inf) == 0:
             torch.cuda.empty_cache()
         seconds = time.perf_counter() - self.clock
-        self.progress.add(Done(here.step + 1, self.epoch(), result, examples, seconds))
+        self.progress.add(Done(here.step + 1, self.epoch(), result, of.examples, seconds))
 
     def reading_is_due(self) -> bool:
         """Whether an automatic reading belongs here and was not taken yet."""
         return self.position.step in self.readings.steps - self.read_at
 
+    def exhausted(self) -> str:
+        """One line where the epoch that was run gave no row, as an exhausted stream's; else empty.
+
+        Raises:
+            ConfigError: no epoch ever gave one.
+        """
+        if self.position == START:
+            raise ConfigError(
+                "The training set gave no row.",
+                why="It is a stream that is empty, or that was read to its end before.",
+                fix="Make its __iter__ start afresh each time (an exhausted generator does not).",
+            )
+        step, steps = self.position.step, self.plan.steps
+        return "" if self.position.rows else f"the stream ended: stopped at step {step} of {steps}"
+
     def finish_epoch(self, *, stopped: bool) -> None:
         """Move on to the next epoch, unless the run was stopped in the middle of this one."""
         here = self.position
-        if not stopped or here.in_epoch == self.plan.steps_per_epoch:
+        if not stopped or self.epoch() == here.epoch + 1:
             self.position = Position(here.step, here.epoch + 1, 0)
 
-    def started_event(self, arguments: TrainingArguments, examples: int | None) -> RunStarted:
+    def started_event(self, examples: int | None) -> RunStarted:
         """What will be run, for observers."""
+        arguments = self.arguments
         trainable, total = adapters.trainable_share(self.engine.model)
         return RunStarted(
             examples=examples,
@@ -172,16 +203,17 @@ class Session:
         step, steps = self.position.step, self.plan.steps
         return f"Stopped by {asked} at step {step} of {steps}; saved {self.saved_in}.\n{resume}"
 
-    def metrics(self, *, examples_per_step: int) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The run's speed and mean loss, under transformers' names."""
         steps = self.position.step - self.progress.first_step
-        speed = speed_metrics(
-            "train", self.started, num_samples=steps * examples_per_step, num_steps=steps
-        )
+        rows = steps * self.arguments.effective_batch_size
+        speed = speed_metrics("train", self.started, num_samples=rows, num_steps=steps)
         return {**speed, "train_loss": self.progress.mean_loss}
 
     def _state(self) -> RunState:
         return RunState(
+            epoch_began=self.epoch_began,
+            arguments=self.arguments.to_sanitized_dict(),
             position=self.position,
             optimizer=self.engine.updater.state_dict(),
             schedule=dict(self.engine.schedule.state_dict()),
@@ -203,5 +235,5 @@ class Session:
         if state.scaler:
             self.engine.precision.scaler.load_state_dict(state.scaler)
         self.progress.resume(state.sums, step=state.position.step)
-        self.position = state.position
+        self.position, self.resumed = state.position, kept
         checkpoint.set_random_state(state.random_state)

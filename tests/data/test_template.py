@@ -153,6 +153,11 @@ def test_generated_completions(tokenizers: dict[str, Any], prompt: str, completi
         assert encoded.ids[-1] == tokenizer.eos_token_id
 
 
+def test_a_beginning_of_text_written_in_a_row_is_no_target(tokenizers: dict[str, Any]) -> None:
+    encoded = encode(tokenizers["tinyllama"], Sample("a:1", prompt="", completion="<s>"))
+    assert (encoded.ids, encoded.labels) == ([1, 2], [-100, 2])
+
+
 def test_ids_are_those_of_the_tokenizers_own_chat(tokenizers: dict[str, Any]) -> None:
     turns = [{"role": message.role, "content": message.content} for message in (USER, ANSWER)]
     for name in ("qwen", "tinyllama"):

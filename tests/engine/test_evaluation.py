@@ -6,12 +6,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
-from lorafit.engine.evaluation import FORWARD, SHARE, evaluate, measuring, plan_readings
+from lorafit.engine.evaluation import (
+    FORWARD,
+    SHARE,
+    evaluate,
+    measuring,
+    plan_readings,
+    with_last,
+)
 from lorafit.engine.layout import MicroBatch
-from lorafit.engine.objective import Measured, Objective, summed
-from lorafit.engine.precision import Precision
 
 COUNTS = st.integers(1, 2000)
 
@@ -51,33 +56,51 @@ def test_short_epochs_are_read_every_twentieth_of_the_run() -> None:
 
 
 def constant(nats: float, count: int) -> MicroBatch:
-    return MicroBatch({"nats": torch.tensor(nats)}, count, 0, 0, 1)
+    return MicroBatch({"labels": torch.tensor(nats / count)}, count, 0, 0, 1)
 
 
-def measure(model: nn.Module, batch: MicroBatch) -> Measured:
-    return Measured(batch.inputs["nats"], batch.supervised)
-
-
-SUMS = Objective(summed().part, measure, shifted=True)
-FULL = Precision(torch.device("cpu"))
+def predict(batch: MicroBatch) -> tuple[Tensor, None, None]:
+    return batch.inputs["labels"], None, None
 
 
 def test_nats_are_summed_in_float64() -> None:
     many = [constant(1e8, 1), *(constant(1.0, 1) for _ in range(1000))]
-    found = evaluate(nn.Linear(1, 1), many, objective=SUMS, precision=FULL)
-    assert found.loss * 1001 == pytest.approx(1e8 + 1000, rel=1e-12)
+    found = evaluate(nn.Linear(1, 1), many, predict=predict)
+    assert found.loss is not None and found.loss * 1001 == pytest.approx(1e8 + 1000, rel=1e-12)
     assert (found.supervised, found.examples) == (1001, 1001)
 
 
 def test_batches_weigh_by_their_tokens() -> None:
-    found = evaluate(
-        nn.Linear(1, 1), [constant(9.0, 9), constant(7.0, 1)], objective=SUMS, precision=FULL
-    )
+    found = evaluate(nn.Linear(1, 1), [constant(9.0, 9), constant(7.0, 1)], predict=predict)
     assert found.loss == 1.6
 
 
-def test_an_empty_set_has_no_loss() -> None:
-    assert math.isnan(evaluate(nn.Linear(1, 1), [], objective=SUMS, precision=FULL).loss)
+def test_a_batch_without_supervision_weighs_nothing() -> None:
+    empty = MicroBatch({"labels": torch.tensor(math.nan)}, 0, 0, 0, 5)
+    found = evaluate(nn.Linear(1, 1), [constant(9.0, 9), empty], predict=predict)
+    assert found.loss == 1.0 and found.examples == 6
+    alone = evaluate(nn.Linear(1, 1), [empty], predict=predict).loss
+    assert alone is not None and math.isnan(alone)
+
+
+def test_a_batch_without_labels_weighs_by_its_rows() -> None:
+    many = [MicroBatch({"x": torch.tensor(float(n))}, 0, 0, 0, n) for n in (1, 3)]
+    found = evaluate(nn.Linear(1, 1), many, predict=lambda batch: (batch.inputs["x"], None, None))
+    assert found.loss == 2.5
+
+
+def test_a_set_without_losses_has_none() -> None:
+    assert evaluate(nn.Linear(1, 1), [], predict=predict).loss is None
+    unlabelled = MicroBatch({"x": torch.ones(1)}, 0, 0, 0, 1)
+    assert (
+        evaluate(nn.Linear(1, 1), [unlabelled], predict=lambda _: (None, None, None)).loss is None
+    )
+
+
+def test_the_last_batch_is_known() -> None:
+    made = [constant(1.0, 1), constant(1.0, 1), constant(1.0, 1)]
+    assert [last for _, last in with_last(made)] == [False, False, True]
+    assert list(with_last([])) == []
 
 
 def test_modes_are_put_back_even_after_an_error() -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.trainer_pt_utils import LabelSmoother
 
 from lorafit.engine.layout import MicroBatch, as_given
-from lorafit.engine.objective import Whole, logits_of, own, own_loss, summed
+from lorafit.engine.objective import Whole, own, own_loss, predictions_of, smoothed, summed
 from lorafit.errors import ConfigError
 
 
@@ -31,7 +32,7 @@ def batches(*sizes: int) -> list[MicroBatch]:
         labels = ids.clone()
         labels[0, :3] = -100
         made.append({"input_ids": ids, "labels": labels})
-    return as_given(made, shifted=True, labels=["labels"])
+    return as_given(made, shifted=True)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -58,11 +59,11 @@ def test_a_step_without_supervision_is_zero_with_a_graph() -> None:
 def test_evaluation_is_never_smoothed() -> None:
     model, (batch,) = Scores(), batches(2)
     plain, smooth = (summed(smoothing=s).measure(model, batch) for s in (0.0, 0.3))
-    assert plain.nats == smooth.nats and plain.count == batch.supervised
+    assert plain.loss == smooth.loss
 
 
 def test_missing_labels_are_named() -> None:
-    (batch,) = as_given([{"input_ids": torch.ones(1, 3).long()}], shifted=True, labels=["labels"])
+    (batch,) = as_given([{"input_ids": torch.ones(1, 3).long()}], shifted=True)
     with pytest.raises(ConfigError, match="no labels, only input_ids"):
         summed().part(Scores(), batch, whole=Whole(1, 1))
 
@@ -78,9 +79,8 @@ def test_own_losses_are_divided_once(divided: bool, share: float) -> None:
     (batch,) = batches(2)
     objective = own(compute, divided=divided, shifted=True)
     assert objective.part(Scores(), batch, whole=Whole(10, 2)) == share
-    measured = objective.measure(Scores(), batch)
-    assert measured.nats / measured.count == 6 and measured.count == batch.supervised
-    assert seen == [10, None]
+    assert objective.measure(Scores(), batch).loss == 6
+    assert seen == [10, batch.supervised]
 
 
 Output = namedtuple("Output", "loss logits")
@@ -118,6 +118,24 @@ def test_a_loss_function_gets_labels_apart() -> None:
 
 
 def test_predictions_are_every_output_but_the_loss() -> None:
-    assert logits_of({"loss": 0, "logits": 1}) == 1
-    assert logits_of({"loss": 0, "logits": 1, "hidden": 2}) == (1, 2)
-    assert logits_of((0, 1)) == 1
+    def found(outputs: Any, with_loss: bool = True, ignored: tuple[str, ...] = ()) -> Any:
+        return predictions_of(outputs, ignored=ignored, with_loss=with_loss)
+
+    assert found({"loss": 0, "logits": 1}) == 1
+    assert found({"loss": 0, "logits": 1, "hidden": 2}) == (1, 2)
+    assert found({"loss": 0, "logits": 1, "hidden": 2}, ignored=("hidden",)) == 1
+    assert found((0, 1)) == 1
+    assert found((0, 1), with_loss=False) == (0, 1)
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("count", [None, 10])
+def test_smoothing_is_transformers(shifted: bool, count: int | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(3, 5, 7, generator=generator)
+    labels = torch.randint(7, (3, 5), generator=generator)
+    labels[0, 2:] = -100
+    ours = smoothed(0.2, shifted=shifted)({"logits": logits}, labels, num_items_in_batch=count)
+    theirs = LabelSmoother(0.2)({"logits": logits}, labels.clone(), shift_labels=shifted)
+    kept = int(((labels[:, 1:] if shifted else labels) != -100).sum())
+    assert ours.item() == pytest.approx(theirs.item() * kept / (count or kept), rel=1e-6)

@@ -19,8 +19,10 @@ def model(dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def updater(module: nn.Module, **given: object) -> optim.Updater:
-    arguments = TrainingArguments("out", learning_rate=0.1, **given)
-    return optim.build(module, arguments, device=CPU)[0]
+    arguments = TrainingArguments("out", **{"learning_rate": 0.1, **given})
+    decayed = optim.decayed_names(module)
+    grouped = optim.groups(module, decayed=decayed, decay=arguments.weight_decay)
+    return optim.Updater(optim.named(arguments, CPU).make(grouped))
 
 
 @pytest.mark.parametrize("name", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"])
@@ -49,9 +51,7 @@ def test_small_updates_of_bf16_parameters_are_not_lost() -> None:
     module = nn.Linear(1, 1, bias=False)
     nn.init.ones_(module.weight)
     module = module.bfloat16()
-    made = optim.build(
-        module, TrainingArguments("out", learning_rate=1e-3, optim="sgd"), device=CPU
-    )[0]
+    made = updater(module, learning_rate=1e-3, optim="sgd")
     for _ in range(8):
         made.optimizer.zero_grad()
         module(torch.ones(1, 1, dtype=torch.bfloat16)).sum().backward()
@@ -59,7 +59,7 @@ def test_small_updates_of_bf16_parameters_are_not_lost() -> None:
     # each update of 0.001 is below bf16's spacing at 1 (0.0039) and would round away
     assert module.weight.dtype == torch.bfloat16
     assert module.weight.item() == pytest.approx(0.992, abs=0.002)
-    assert made.parameters()[0].item() == pytest.approx(0.992, abs=1e-6)
+    assert made.parameters[0].item() == pytest.approx(0.992, abs=1e-6)
 
 
 def test_bf16_gradients_of_micro_batches_add_up_in_fp32() -> None:
@@ -67,7 +67,7 @@ def test_bf16_gradients_of_micro_batches_add_up_in_fp32() -> None:
     made = updater(module, optim="sgd")
     for _ in range(1000):
         module(torch.full((1, 1), 1.0, dtype=torch.bfloat16)).sum().backward()
-    assert made.parameters()[0].grad.item() == 1000  # type: ignore[union-attr]
+    assert made.parameters[0].grad.item() == 1000  # type: ignore[union-attr]
     assert module.weight.grad is None
 
 
@@ -78,8 +78,36 @@ def test_state_with_masters_round_trips() -> None:
     made.apply(torch.tensor(True))
     again = updater(model(torch.bfloat16))
     again.load_state_dict(made.state_dict())
-    for a, b in zip(made.parameters(), again.parameters(), strict=True):
+    for a, b in zip(made.parameters, again.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_users_parameters_come_back_when_it_is_closed() -> None:
+    module = model(torch.bfloat16)
+    mine = list(module.parameters())
+    optimizer = torch.optim.AdamW(mine, lr=0.1)
+    for _ in range(2):
+        made = optim.Updater(optimizer)
+        assert all(p.dtype == torch.float32 for p in made.parameters)
+        module(torch.ones(2, 4, dtype=torch.bfloat16)).float().pow(2).sum().backward()
+        made.apply(torch.tensor(True))
+        optimizer.zero_grad()
+        made.close()
+    assert [a is b for a, b in zip(optimizer.param_groups[0]["params"], mine, strict=True)]
+    assert all(optimizer.state[p]["step"] == 2 for p in mine) and len(optimizer.state) == 4
+    module(torch.ones(2, 4, dtype=torch.bfloat16)).float().sum().backward()
+    assert mine[0].grad is not None  # no hook takes it away any more
+
+
+def test_what_no_gradient_has_reached_is_known() -> None:
+    module = model()
+    reached = optim.Reached(module)
+    assert reached.trained == 4 and next(iter(reached.silent)) == "0.weight"
+    module[0](torch.ones(2, 4)).sum().backward()
+    assert list(reached.silent) == ["1.weight", "1.bias"]
+    reached.close()
+    module(torch.ones(2, 4)).sum().backward()
+    assert list(reached.silent) == ["1.weight", "1.bias"]
 
 
 def test_norms_and_biases_take_no_weight_decay() -> None:
@@ -89,9 +117,9 @@ def test_norms_and_biases_take_no_weight_decay() -> None:
 
 def test_paged_without_a_gpu_is_plain_adamw_and_says_so() -> None:
     arguments = TrainingArguments("out", optim="paged_adamw_32bit")
-    made, notice = optim.build(model(), arguments, device=CPU)
-    assert type(made.optimizer) is torch.optim.AdamW
-    assert "nothing lost" in notice and "0.0 MB" in notice
+    made_by = optim.named(arguments, CPU)
+    assert made_by.kind is torch.optim.AdamW and made_by.options["fused"]
+    assert "nothing lost" in made_by.notice
 
 
 CUDA = torch.device("cuda")
@@ -101,20 +129,18 @@ PAGED = ["paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lio
 @pytest.mark.parametrize("name", [*PAGED, "adamw_8bit", "adamw_bnb_8bit", "lion_8bit"])
 def test_on_cuda_paged_and_8bit_are_bitsandbytes_own(name: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
-    chosen, options, notice = optim.named(
-        TrainingArguments("out", optim=name), CUDA, parameter_groups=[]
-    )
+    made_by = optim.named(TrainingArguments("out", optim=name), CUDA)
     family = bitsandbytes.optim.Lion if "lion" in name else bitsandbytes.optim.AdamW
-    assert chosen is family and notice == ""
-    assert options["is_paged"] is name.startswith("paged_")
-    assert options["optim_bits"] == (8 if "8bit" in name else 32)
+    assert made_by.kind is family and made_by.notice == ""
+    assert made_by.options["is_paged"] is name.startswith("paged_")
+    assert made_by.options["optim_bits"] == (8 if "8bit" in name else 32)
 
 
 def test_missing_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     arguments = TrainingArguments("out", optim="paged_adamw_8bit")
     with pytest.raises(ImportError, match=r"pip install 'lorafit\[quant\]'"):
-        optim.named(arguments, CUDA, parameter_groups=[])
+        optim.named(arguments, CUDA)
 
 
 def test_optim_args_reach_the_optimiser() -> None:

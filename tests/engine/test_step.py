@@ -53,7 +53,7 @@ def engine(*, max_norm: float = 0.0, plateau: bool = False) -> Engine:
     return Engine(
         model,
         Objective(part, measure, shifted=True),
-        updater=Updater(optimizer, {}),
+        updater=Updater(optimizer),
         schedule=schedule,
         precision=Precision(CPU),
         max_norm=max_norm,
@@ -108,6 +108,20 @@ def test_an_abandoned_step_leaves_nothing() -> None:
     made.abandon()
     assert made.model.weight.grad is None and not made.model.weight.any()
     assert made.schedule.last_epoch == 0
+
+
+def test_forward_and_backward_may_be_anothers() -> None:
+    made, seen = engine(), []
+
+    def run(batch: MicroBatch, whole: Whole) -> Tensor:
+        seen.append(whole)
+        loss = part(made.model, batch, whole=whole)
+        loss.backward()
+        return loss.detach()
+
+    made.run_part = run
+    assert made.step(BATCHES, Told()).gradient_norm == pytest.approx(17**0.5)
+    assert seen == [Whole(3, 2)] * 2
 
 
 def test_a_plateau_schedule_waits_for_its_metric() -> None:

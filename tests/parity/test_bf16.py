@@ -66,7 +66,7 @@ def ours(model: nn.Module, *, bf16: bool) -> tuple[Tensor, list[Tensor]]:
     nats: list[Tensor] = []
     taken: list[Tensor] = []
     for batch in batches():
-        micro = as_given([batch], shifted=True, labels=["labels"])[0]
+        micro = as_given([batch], shifted=True)[0]
         with logits_of(model) as logits, chosen.autocast():
             part = objective.part(model, micro, whole=Whole(micro.supervised, 1))
         part.backward()

@@ -1,37 +1,34 @@
 """The order of examples, and the batches of each optimiser step. Knows no model and no loss.
 
 Order is a pure function of (seed, epoch), the one that transformers' Trainer with accelerate
-draws; position is two integers, epoch and step within it, so that resuming skips by arithmetic.
-Streams have no positions: they are skipped by reading. No global random state is touched.
+draws; position is two integers, epoch and rows of it, so that resuming skips by arithmetic.
+Streams and loaders of the user's own have no order that is known: they are skipped by reading.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lorafit.errors import ConfigError
+
+Collate = Callable[[list[Any]], Any]
+"""A list of rows -> a batch."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepBatches:
-    """The collated batches of one step, and which examples they hold (empty for a stream)."""
+    """The collated batches of one step; how many rows they hold, and which (empty where unknown).
+
+    `rows` is exact where `examples` are known, else the nominal size of the batches.
+    """
 
     batches: list[Any]
+    rows: int
     examples: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """How rows become steps: `size` rows a batch, `per_step` batches a step (an epoch's last may
-    have fewer); `drop_last` leaves out an epoch's last batch where it is short."""
-
-    size: int
-    per_step: int = 1
-    drop_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,124 +74,184 @@ def order_by_length(lengths: Sequence[int], *, group: int, seed: int, epoch: int
     return [index for part in stretches for index in part]
 
 
+class Order:
+    """The rows of a map-style set in the order of an epoch: a sampler for torch's DataLoader.
+
+    Each iteration is an epoch, and the next one the next, unless `set_epoch` says otherwise.
+
+    Args:
+        rows: How many the set has.
+        ordering: epoch -> their order.
+
+    Attributes:
+        skip: Rows at the beginning of the epoch that are left out, once.
+    """
+
+    def __init__(self, rows: int, ordering: Callable[[int], Sequence[int]]) -> None:
+        self.rows, self.ordering = rows, ordering
+        self.epoch = self.skip = 0
+        self._known: tuple[int, Sequence[int]] | None = None
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin at `epoch`."""
+        self.epoch, self.skip = epoch, 0
+
+    def of_epoch(self) -> Iterator[int]:
+        """The rows that the next iteration gives."""
+        if self._known is None or self._known[0] != self.epoch:
+            self._known = self.epoch, self.ordering(self.epoch)
+        return islice(self._known[1], self.skip, None)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        rows = self.of_epoch()
+        self.set_epoch(self.epoch + 1)
+        return rows
+
+
+class SeededLoader(DataLoader[Any]):
+    """torch's DataLoader whose workers' random states follow from seed and epoch; iterating it
+    draws nothing from the process's. Make it with `make_loader`."""
+
+    seed = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Begin at `epoch`: the sampler, a stream that has epochs, the workers' seeds."""
+        assert isinstance(self.generator, torch.Generator)
+        self.generator.manual_seed(self.seed + epoch)
+        for part in (self.sampler, self.dataset):
+            if isinstance(part, _KnowsEpochs):
+                part.set_epoch(epoch)
+
+
+def make_loader(
+    dataset: Any,
+    collate: Collate,
+    *,
+    size: int,
+    sampler: Any = None,
+    drop_last: bool = False,
+    workers: Workers | None = None,
+    seed: int = 0,
+) -> SeededLoader:
+    """A loader of batches of `size` rows.
+
+    Args:
+        sampler: Row numbers in order; not looked at for a stream.
+        seed: Of the workers, and of the order where `sampler` is torch's own RandomSampler.
+    """
+    workers = workers or Workers()
+    made = SeededLoader(
+        dataset,
+        batch_size=size,
+        sampler=None if is_stream(dataset) else seeded(sampler, seed=seed),
+        collate_fn=collate,
+        drop_last=drop_last,
+        num_workers=workers.num_workers,
+        pin_memory=workers.pin_memory,
+        prefetch_factor=workers.prefetch_factor,
+        persistent_workers=workers.persistent,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    made.seed = seed
+    return made
+
+
+def seeded(sampler: Any, *, seed: int) -> Any:
+    """`sampler`, or our order in place of torch's RandomSampler without a generator of its own,
+    which would draw from the process's random state. accelerate replaces it in the same way."""
+    if type(sampler) is not RandomSampler or sampler.generator or sampler.replacement:
+        return sampler
+    count = sampler.num_samples
+    return Order(count, lambda epoch: order(count, seed=seed, epoch=epoch))
+
+
+def prepared(given: Any, *, seed: int) -> Any:
+    """`given`; a plain DataLoader that shuffles is made again, with our order (see `seeded`)."""
+    if type(given) is not DataLoader or given.batch_size is None:
+        return given
+    sampler = seeded(given.sampler, seed=seed)
+    if sampler is given.sampler:
+        return given
+    return make_loader(
+        given.dataset,
+        given.collate_fn,
+        size=given.batch_size,
+        sampler=sampler,
+        drop_last=given.drop_last,
+        workers=Workers(
+            given.num_workers, given.pin_memory, given.prefetch_factor, given.persistent_workers
+        ),
+        seed=seed,
+    )
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a set is read from its beginning, without row numbers."""
+    return isinstance(dataset, IterableDataset) or length_of(dataset) is None
+
+
+def length_of(given: Any) -> int | None:
+    """`len(given)`; None where it has none."""
+    try:
+        return len(given)
+    except TypeError:
+        return None
+
+
+def rows_of(batches: Any) -> int | None:
+    """The rows of a DataLoader's set; None where it has no length, or `batches` is none."""
+    return length_of(batches.dataset) if isinstance(batches, DataLoader) else None
+
+
 class Loader:
     """The steps of a training set, epoch by epoch.
 
     Args:
-        dataset: Map-style (`__len__`, `__getitem__`), or iterable (a stream).
-        collate: A list of rows -> a batch.
-        ordering: epoch -> the order of a map-style set.
-        seed: Where worker processes' random states come from, with the epoch.
+        batches: A DataLoader, or anything that gives an epoch's batches each time it is iterated.
+        size: Rows of a batch, where `batches` does not say.
+        per_step: Batches of a step; an epoch's last may have fewer.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Callable[[list[Any]], Any],
-        *,
-        batches: Batches,
-        ordering: Callable[[int], Iterable[int]],
-        workers: Workers | None = None,
-        seed: int = 0,
-    ) -> None:
-        self.dataset, self.collate = dataset, collate
-        self.batch_size, self.drop_last = batches.size, batches.drop_last
-        self.batches_per_step = batches.per_step
-        self.ordering, self.seed = ordering, seed
-        self.workers = workers or Workers()
-        self.is_stream = isinstance(dataset, IterableDataset) or not isinstance(dataset, Sized)
-        self._generator = torch.Generator()
-        self._wanted: list[list[int]] = []
-        self._torch: DataLoader[Any] | None = None
+    def __init__(self, batches: Iterable[Any], *, size: int, per_step: int) -> None:
+        self.batches, self.per_step = batches, per_step
+        self.size, self.order = size, None
+        if isinstance(batches, DataLoader):
+            self.size = batches.batch_size or size
+            sampler: Any = batches.sampler
+            self.order = sampler if isinstance(sampler, Order) else None
 
     @property
     def batches_per_epoch(self) -> int | None:
         """Batches of one epoch; None for a stream."""
-        if self.is_stream:
-            return None
-        rows = len(self.dataset)
-        return rows // self.batch_size if self.drop_last else -(-rows // self.batch_size)
+        return length_of(self.batches)
 
     @property
     def steps_per_epoch(self) -> int | None:
         """Optimiser steps of one epoch; None for a stream."""
         batches = self.batches_per_epoch
-        return None if batches is None else -(-batches // self.batches_per_step)
+        return None if batches is None else -(-batches // self.per_step)
 
-    def steps(self, epoch: int, *, skip: int = 0) -> Iterator[StepBatches]:
-        """The steps of `epoch` after the first `skip`.
+    def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[StepBatches]:
+        """The steps of `epoch` after its first `skip` rows, which are read and left out where the
+        order is not known; then a batch that begins before row `skip` counts as read."""
+        if isinstance(self.batches, _KnowsEpochs):
+            self.batches.set_epoch(epoch)
+        if self.order is not None:
+            self.order.skip = skip
+            rows = self.order.of_epoch()
+            return self._steps(iter(self.batches), rows)
+        batches = iter(self.batches)
+        for _ in islice(batches, -(-skip // self.size)):
+            pass
+        return self._steps(batches, iter(()))
 
-        Raises:
-            ConfigError: a stream gave nothing in `epoch`.
-        """
-        begun = self._stream if self.is_stream else self._indexed
-        batches, indexes = begun(epoch, skip * self.batches_per_step)
-        while step := list(islice(batches, self.batches_per_step)):
-            rows = chain.from_iterable(islice(indexes, self.batches_per_step))
-            yield StepBatches(step, tuple(rows))
-
-    def _indexed(self, epoch: int, skip: int) -> tuple[Iterator[Any], Iterator[list[int]]]:
-        """The batches after the first `skip`, and the rows of each."""
-        rows = list(self.ordering(epoch))
-        cuts = range(0, len(rows), self.batch_size)
-        wanted = [rows[start : start + self.batch_size] for start in cuts]
-        wanted = wanted[skip : self.batches_per_epoch]
-        return self._batches(epoch, wanted), iter(wanted)
-
-    def _stream(self, epoch: int, skip: int) -> tuple[Iterator[Any], Iterator[list[int]]]:
-        """The same of a stream, whose rows have no number."""
-        if isinstance(self.dataset, _KnowsEpochs):
-            self.dataset.set_epoch(epoch)
-        batches = self._batches(epoch, [])
-        skipped = sum(1 for _ in islice(batches, skip))
-        first = list(islice(batches, 1))
-        if not (first or skipped):
-            raise ConfigError(
-                f"The data set is a stream, and gave no row in epoch {epoch}.",
-                why="It would be read for ever and never give a step.",
-                fix="Make its __iter__ start afresh each time (an exhausted generator does not).",
-            )
-        return chain(first, batches), iter(())
-
-    def _batches(self, epoch: int, wanted: list[list[int]]) -> Iterator[Any]:
-        if self._torch is None:
-            sampling: dict[str, Any] = (
-                {"batch_size": self.batch_size, "drop_last": self.drop_last}
-                if self.is_stream
-                else {"batch_sampler": self._wanted}
-            )
-            self._torch = DataLoader(
-                self.dataset,
-                collate_fn=self.collate,
-                num_workers=self.workers.num_workers,
-                pin_memory=self.workers.pin_memory,
-                prefetch_factor=self.workers.prefetch_factor,
-                persistent_workers=self.workers.persistent,
-                generator=self._generator,
-                **sampling,
-            )
-        # workers' seeds come from here, not from the process's random state
-        self._generator.manual_seed(self.seed + epoch)
-        self._wanted[:] = wanted
-        return iter(self._torch)
-
-
-def in_order(
-    dataset: Any,
-    collate: Callable[[list[Any]], Any],
-    *,
-    batch_size: int,
-    workers: Workers | None = None,
-) -> Iterable[Any]:
-    """The collated batches of `dataset` from first to last, for evaluation."""
-    loader = Loader(
-        dataset,
-        collate,
-        batches=Batches(batch_size),
-        ordering=lambda _: range(len(dataset)),
-        workers=workers,
-    )
-    return (batch for step in loader.steps(0) for batch in step.batches)
+    def _steps(self, batches: Iterator[Any], order: Iterator[int]) -> Iterator[StepBatches]:
+        while step := list(islice(batches, self.per_step)):
+            examples = tuple(islice(order, self.size * len(step)))
+            yield StepBatches(step, len(examples) or self.size * len(step), examples)
 
 
 def lengths_of(dataset: Dataset[Any], column: str) -> list[int]:
@@ -217,9 +274,7 @@ def lengths_of(dataset: Dataset[Any], column: str) -> list[int]:
     return lengths
 
 
-def keeping(
-    names: Sequence[str], collate: Callable[[list[Any]], Any]
-) -> Callable[[list[Any]], Any]:
+def keeping(names: Sequence[str], collate: Collate) -> Collate:
     """`collate` after dropping from each row what the model's forward does not take.
 
     Rows that are not dicts, and rows of which nothing would be left, go through untouched.

@@ -187,7 +187,8 @@ def encode(
             tokenizer, text, cuts=[len(sample.prompt)], place=sample.source
         )
         opened = _opened(tokenizer, ids)
-        start += len(opened) - len(ids)
+        # a beginning-of-text is never a target, not even one that the row's own text wrote
+        start = max(start + len(opened) - len(ids), len(_opening(tokenizer)))
         eos = _eos(tokenizer)
         ids = opened if opened[-1:] == [eos] else [*opened, eos]
         spans = [(start, len(ids))]

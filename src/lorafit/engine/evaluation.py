@@ -1,66 +1,97 @@
 """Evaluation: nats over supervised tokens, both summed over the whole set, divided once.
 
-The number does not depend on batch size or padding. Logits are kept only when predictions are
-wanted; otherwise memory does not grow with the set. Also decides which automatic readings fit
-within their share of a run. Knows no files and no optimiser.
+The number does not depend on batch size or padding. Predictions are kept only where somebody wants
+them; otherwise memory does not grow with the set. Also decides which automatic readings fit within
+their share of a run. Knows no files and no optimiser.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorafit import compat
+from lorafit.arguments import TrainingArguments
 from lorafit.engine.layout import MicroBatch
-from lorafit.engine.objective import Objective
-from lorafit.engine.precision import Precision
+
+Predict = Callable[[MicroBatch], tuple[Tensor | None, Any, Any]]
+"""A micro-batch -> its mean loss, predictions and labels, each None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`loss` in nats per supervised token (float64 arithmetic); NaN for an empty set."""
+    """`loss` in nats per supervised token (float64 arithmetic): NaN where nothing is supervised,
+    None where nothing has labels."""
 
-    loss: float
+    loss: float | None
     supervised: int
     examples: int
     seconds: float
+
+
+class Predicted(NamedTuple):
+    """One micro-batch after `Predict`; `last` of its set or not."""
+
+    batch: MicroBatch
+    loss: Tensor | None
+    logits: Any
+    labels: Any
+    last: bool
 
 
 def evaluate(
     model: nn.Module,
     batches: Iterable[MicroBatch],
     *,
-    objective: Objective,
-    precision: Precision,
-    keep: Callable[[MicroBatch, object], None] | None = None,
+    predict: Predict,
+    keep: Callable[[Predicted], None] | None = None,
 ) -> Evaluation:
-    """Total loss over `batches`, with dropout off and without gradients.
+    """The mean loss over `batches`, with dropout off and without gradients.
+
+    A batch weighs by its supervised tokens; by its rows, where it has no "labels".
 
     Args:
-        keep: Given each micro-batch (on the device) and its logits, for metrics and predictions.
+        keep: Given what was predicted of each micro-batch, for metrics and predictions.
     """
-    # Metal has no float64
-    home = torch.device("cpu") if precision.device.type == "mps" else precision.device
-    nats = torch.zeros((), dtype=torch.float64, device=home)
+    nats: Tensor | float = 0.0
     count = examples = 0
+    has_loss = False
     started = time.perf_counter()
     with measuring(model):
-        for batch in batches:
-            placed = batch.to(precision.device)
-            with precision.autocast():
-                measured = objective.measure(model, placed)
-            nats += measured.nats.to(nats)
-            count += measured.count
+        for batch, last in with_last(batches):
+            loss, logits, labels = predict(batch)
+            labelled = isinstance(batch.inputs, Mapping) and "labels" in batch.inputs
+            weight = batch.supervised if labelled else batch.rows
+            has_loss |= loss is not None
+            if loss is not None and weight:  # without supervision there is no mean to weigh
+                nats = nats + exact(loss) * weight
+                count += weight
             examples += batch.rows
             if keep is not None:
-                keep(placed, measured.logits)
-    return Evaluation(_mean(nats, count), count, examples, time.perf_counter() - started)
+                keep(Predicted(batch, loss, logits, labels, last))
+    mean = float(nats) / count if count else float("nan")
+    return Evaluation(mean if has_loss else None, count, examples, time.perf_counter() - started)
 
 
-def _mean(nats: Tensor, count: int) -> float:
-    return float(nats) / count if count else float("nan")
+def exact(loss: Tensor) -> Tensor:
+    """The mean of `loss` in float64: on its device, or on the CPU for Metal, which has none."""
+    home = torch.device("cpu") if loss.device.type == "mps" else loss.device
+    return loss.detach().mean().to(home, torch.float64)
+
+
+def with_last(batches: Iterable[MicroBatch]) -> Generator[tuple[MicroBatch, bool]]:
+    """Each batch, and whether it is the last one; reads one batch ahead."""
+    waiting: MicroBatch | None = None
+    for batch in batches:
+        if waiting is not None:
+            yield waiting, False
+        waiting = batch
+    if waiting is not None:
+        yield waiting, True
 
 
 @contextmanager
@@ -74,6 +105,73 @@ def measuring(model: nn.Module) -> Generator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@dataclass
+class Gathered:
+    """What metrics and predictions are made of, gathered from each micro-batch: call it with one.
+
+    Batches of unequal widths are joined by padding with -100 on the right (transformers' rule).
+
+    Attributes:
+        compute_metrics: Takes an `EvalPrediction`; with `batch_eval_metrics` also whether to return
+            the result, which is asked for at the last micro-batch.
+        preprocess: (predictions, labels) -> what is kept of the predictions.
+        main_input: The name of the input that `include_for_metrics` means.
+        keeps: Whether arrays are wanted; if not, metrics are computed batch by batch.
+    """
+
+    arguments: TrainingArguments
+    compute_metrics: Callable[..., Mapping[str, Any] | None] | None
+    preprocess: Callable[[Any, Any], Any] | None
+    main_input: str
+    keeps: bool
+    _kept: dict[str, Any] = field(default_factory=dict)
+    _metrics: Mapping[str, Any] | None = None
+    _seen: int = 0
+
+    def __call__(self, predicted: Predicted) -> None:
+        """Keep what is wanted of one micro-batch."""
+        batch, loss, logits, labels, last = predicted
+        if logits is not None and self.preprocess is not None:
+            logits = self.preprocess(logits, labels)
+        wanted = self.arguments.include_for_metrics
+        parts: dict[str, Any] = {
+            "predictions": logits,
+            "label_ids": labels,
+            "inputs": batch.inputs[self.main_input] if "inputs" in wanted else None,
+            "losses": loss.repeat(batch.rows) if loss is not None and "loss" in wanted else None,
+        }
+        by_batch = self.arguments.batch_eval_metrics and self.compute_metrics is not None
+        if by_batch and logits is not None and labels is not None:
+            assert self.compute_metrics is not None
+            given = compat.eval_prediction(parts)
+            self._metrics = self.compute_metrics(given, compute_result=last)
+        if self.keeps or not by_batch:
+            self._add(parts)
+
+    def _add(self, parts: Mapping[str, Any]) -> None:
+        self._seen += 1
+        every = self.arguments.eval_accumulation_steps
+        for name, part in parts.items():
+            if part is not None:
+                joined = self.arguments.eval_do_concat_batches
+                kept = self._kept.setdefault(name, compat.eval_container(joined=joined))
+                kept.add(part)
+                if every and self._seen % every == 0:
+                    kept.to_cpu_and_numpy()
+
+    def arrays(self, name: str) -> Any:
+        """The `predictions` or `label_ids` of the whole set in numpy; None where there are none."""
+        return self._kept[name].get_arrays() if name in self._kept else None
+
+    def metrics(self) -> dict[str, Any]:
+        """What `compute_metrics` returns, in plain numbers; empty without it, or without labels."""
+        parts = {name: self.arrays(name) for name in self._kept}
+        ready = "predictions" in parts and "label_ids" in parts
+        if self._metrics is None and self.compute_metrics is not None and ready:
+            self._metrics = self.compute_metrics(compat.eval_prediction(parts))
+        return compat.plain_metrics(self._metrics or {})
 
 
 SHARE = 0.05

@@ -5,7 +5,7 @@ the second serves modules and overrides whose number is only known to themselves
 micro-batches as transformers' Trainer does. Knows no optimiser and no data set.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorafit.engine.layout import MicroBatch
 from lorafit.errors import ConfigError
-from lorafit.kernels.cross_entropy import summed_nats
+from lorafit.kernels.cross_entropy import summed_nats, supervised_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +27,10 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One evaluated micro-batch: `nats` is a sum over `count` tokens or rows."""
+    """One evaluated micro-batch: its mean loss, and what the model returned."""
 
-    nats: Tensor
-    count: int
-    logits: Any = None
+    loss: Tensor
+    outputs: Any = None
 
 
 class Part(Protocol):
@@ -56,19 +55,22 @@ def summed(*, smoothing: float = 0.0) -> Objective:
     The model is called without labels, so that it computes logits only.
     """
 
-    def forward(model: nn.Module, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    def forward(model: nn.Module, batch: MicroBatch) -> tuple[Any, Tensor]:
         inputs = dict(batch.inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
             raise _unlabelled(inputs)
-        return model(**inputs)["logits"], labels
+        return model(**inputs), labels
 
     def part(model: nn.Module, batch: MicroBatch, *, whole: Whole) -> Tensor:
-        return summed_nats(*forward(model, batch), smoothing=smoothing) / max(whole.supervised, 1)
+        outputs, labels = forward(model, batch)
+        nats = summed_nats(outputs["logits"], labels, smoothing=smoothing)
+        return nats / max(whole.supervised, 1)
 
     def measure(model: nn.Module, batch: MicroBatch) -> Measured:
-        logits, labels = forward(model, batch)
-        return Measured(summed_nats(logits, labels), batch.supervised, logits)
+        outputs, labels = forward(model, batch)
+        nats = summed_nats(outputs["logits"], labels)
+        return Measured(nats / max(batch.supervised, 1), outputs)
 
     return Objective(part, measure, shifted=True)
 
@@ -83,10 +85,10 @@ def _unlabelled(inputs: Mapping[str, Any]) -> ConfigError:
 
 
 class ComputeLoss(Protocol):
-    """(model, inputs, supervised tokens of the step or None) -> (loss, outputs)."""
+    """(model, inputs, supervised tokens or None) -> (loss, outputs)."""
 
     def __call__(
-        self, model: nn.Module, inputs: dict[str, Any], *, count: int | None
+        self, model: nn.Module, inputs: Any, *, count: int | None
     ) -> tuple[Tensor, Any]: ...
 
 
@@ -94,38 +96,56 @@ def own(compute_loss: ComputeLoss, *, divided: bool, shifted: bool) -> Objective
     """The module's (or an override's) own loss.
 
     Args:
-        compute_loss: Called with the step's supervised tokens in training, None in evaluation.
+        compute_loss: Called with the supervised tokens of the step; of the batch in evaluation.
         divided: Whether its loss is already divided by that count; if not it is taken for a mean,
             and micro-batches weigh equally.
         shifted: Whether labels are shifted inside, for counting them.
     """
 
     def part(model: nn.Module, batch: MicroBatch, *, whole: Whole) -> Tensor:
-        count = whole.supervised or None
-        loss, _ = compute_loss(model, dict(batch.inputs), count=count)
-        return loss if divided and count else loss / whole.batches
+        loss, _ = compute_loss(model, batch.inputs, count=whole.supervised or None)
+        return loss if divided and whole.supervised else loss / whole.batches
 
     def measure(model: nn.Module, batch: MicroBatch) -> Measured:
-        loss, outputs = compute_loss(model, dict(batch.inputs), count=None)
-        count = batch.supervised or batch.rows or 1
-        return Measured(loss * count, count, logits_of(outputs))
+        return Measured(*compute_loss(model, batch.inputs, count=batch.supervised or None))
 
     return Objective(part, measure, shifted)
+
+
+class LossFunction(Protocol):
+    """A `compute_loss_func`: (outputs, labels, supervised tokens or None) -> loss."""
+
+    def __call__(self, outputs: Any, labels: Any, *, num_items_in_batch: int | None) -> Tensor: ...
+
+
+def smoothed(smoothing: float, *, shifted: bool) -> LossFunction:
+    """Cross entropy of a module's logits with label smoothing, for modules whose own loss has none.
+
+    Divided by the supervised tokens that it is told, else by those of the labels: transformers'
+    LabelSmoother.
+    """
+
+    def function(outputs: Any, labels: Any, *, num_items_in_batch: int | None) -> Tensor:
+        logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+        nats = summed_nats(logits, labels, smoothing=smoothing, shifted=shifted)
+        return nats / (num_items_in_batch or max(supervised_tokens(labels, shifted=shifted), 1))
+
+    return function
 
 
 def own_loss(
     model: nn.Module,
     inputs: dict[str, Any],
     *,
-    function: Callable[..., Tensor] | None,
+    function: LossFunction | None,
     count: int | None,
     passed_on: bool,
 ) -> tuple[Tensor, Any]:
-    """The loss that the module returns, or that `function(outputs, labels, ...)` makes of what it
-    returns; with its outputs.
+    """The loss that the module returns, or that `function` makes of what it returns; with its
+    outputs.
 
     Args:
-        count: Supervised tokens of the step, None in evaluation.
+        count: Supervised tokens of the step; of the batch in evaluation.
         passed_on: Whether the module's forward takes the count as `num_items_in_batch`.
 
     Raises:
@@ -147,12 +167,25 @@ def own_loss(
     return outputs if isinstance(outputs, Tensor) else outputs[0], outputs
 
 
-def logits_of(outputs: Any) -> Any:
-    """What transformers' Trainer calls predictions: every output but the loss, one bare."""
+def loss_among(outputs: Any) -> Tensor | None:
+    """The loss that a module returned without being given labels, which is a scalar; else None."""
+    if isinstance(outputs, Mapping):
+        return outputs.get("loss")
+    first = outputs if isinstance(outputs, Tensor) else outputs[0]
+    return first if isinstance(first, Tensor) and first.ndim == 0 else None
+
+
+def predictions_of(outputs: Any, *, ignored: Sequence[str], with_loss: bool) -> Any:
+    """What transformers' Trainer calls predictions: every output but the loss, one bare.
+
+    Args:
+        ignored: Names of outputs that are left out too.
+        with_loss: Whether a tuple of outputs begins with the loss.
+    """
     if outputs is None or isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Mapping):
-        kept = tuple(value for name, value in outputs.items() if name != "loss")
+        kept = tuple(value for name, value in outputs.items() if name not in ("loss", *ignored))
     else:
-        kept = tuple(outputs[1:])
+        kept = tuple(outputs[1:] if with_loss else outputs)
     return kept[0] if len(kept) == 1 else kept

@@ -8,7 +8,9 @@ waits for the answer.
 import ast
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,26 +28,39 @@ UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 class Updater:
     """Optimiser, fp32 masters and clipping behind one `update()`.
 
-    A trainable parameter that is not float32 gets a float32 master: gradients of all micro-batches
-    are summed and the update is taken there, then rounded into the parameter, whose dtype never
-    changes. The masters are what `optimizer.param_groups` holds.
+    A parameter of 16 bits gets a float32 master, which stands in for it in the optimiser's groups
+    until `close`: gradients of all micro-batches are summed and the update is taken there, then
+    rounded into the parameter, whose dtype never changes.
     """
 
-    def __init__(self, optimizer: Optimizer, masters: Mapping[nn.Parameter, Tensor]) -> None:
+    def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._masters = dict(masters)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._to_master) for p in masters]
-        if masters:
+        halves = (torch.bfloat16, torch.half)
+        trained = (p for p in self.parameters if p.requires_grad and p.dtype in halves)
+        self._masters = {p: p.detach().float() for p in trained}
+        self._swap(self._masters)
+        self._hooks = [p.register_post_accumulate_grad_hook(self._to_master) for p in self._masters]
+        if self._masters:
             self._hooks.append(optimizer.register_step_post_hook(self._from_masters))
         # torch's schedules warn where no step came before theirs: here it may not have been applied
         vars(optimizer)["_opt_called"] = True
         self._skips_on_device = _reads_found_inf(optimizer)
 
     def close(self) -> None:
-        """Remove the hooks from the user's parameters and optimiser."""
+        """Remove the hooks, and give the optimiser the user's parameters back."""
         for hook in self._hooks:
             hook.remove()
+        self._swap({master: parameter for parameter, master in self._masters.items()})
 
+    def _swap(self, instead: Mapping[Any, Tensor]) -> None:
+        """Put the tensors `instead` into groups and state of the optimiser, for those they are."""
+        for group in self.optimizer.param_groups:
+            group["params"] = [instead.get(p, p) for p in group["params"]]
+        state = self.optimizer.state
+        for old in [tensor for tensor in state if tensor in instead]:
+            state[instead[old]] = state.pop(old)
+
+    @property
     def parameters(self) -> list[Tensor]:
         """Every tensor the optimiser updates."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -53,7 +68,7 @@ class Updater:
     def norm(self, *, max_norm: float) -> Tensor:
         """The total gradient norm (a scalar on the device); gradients are clipped to `max_norm`
         unless it is 0."""
-        return nn.utils.clip_grad_norm_(self.parameters(), max_norm or math.inf)
+        return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
 
     def apply(self, finite: Tensor) -> None:
         """Take the step if `finite`, a boolean scalar; leave everything untouched otherwise."""
@@ -86,91 +101,116 @@ class Updater:
             parameter.copy_(master)
 
 
+class Reached:
+    """Which trainable parameters a gradient has reached since this was made; close it after."""
+
+    def __init__(self, model: nn.Module) -> None:
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trained, self.silent = len(trained), dict.fromkeys(trained)
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(partial(self._reached, name))
+            for name, p in trained.items()
+        ]
+
+    def _reached(self, name: str, _parameter: Tensor) -> None:
+        self.silent.pop(name, None)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for hook in self._hooks:
+            hook.remove()
+
+
 def _reads_found_inf(optimizer: Optimizer) -> bool:
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and "_step_supports_amp_scaling" in vars(optimizer)
 
 
-def masters_of(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """A float32 copy for each trainable parameter of another floating dtype."""
-    halves = (p for p in parameters if p.requires_grad and p.dtype in (torch.bfloat16, torch.half))
-    return {p: p.detach().float() for p in halves}
-
-
-def groups(model: nn.Module, masters: Mapping[nn.Parameter, Tensor], *, decay: float) -> list[Any]:
-    """Two parameter groups, with weight decay and without (biases and norms)."""
+def decayed_names(model: nn.Module) -> list[str]:
+    """The parameters that take weight decay: all but biases and those of norms."""
     norms = {
         f"{name}.{leaf}" if name else leaf
         for name, module in model.named_modules()
         if isinstance(module, nn.LayerNorm | nn.RMSNorm)
         for leaf, _ in module.named_parameters(recurse=False)
     }
-    decayed: list[Tensor] = []
-    undecayed: list[Tensor] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            skip = name in norms or UNDECAYED.search(name)
-            (undecayed if skip else decayed).append(masters.get(parameter, parameter))
-    both = [{"params": decayed, "weight_decay": decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return [group for group in both if group["params"]]
+    names = (name for name, _ in model.named_parameters())
+    return [name for name in names if name not in norms and not UNDECAYED.search(name)]
 
 
-def build(
-    model: nn.Module, arguments: TrainingArguments, *, device: torch.device
-) -> tuple[Updater, str]:
-    """The updater that `optim` names, and one line to say where it departs from the name.
+def groups(model: nn.Module, *, decayed: Collection[str], decay: float) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters, either may be empty: those named in `decayed`, and
+    the others.
 
     Raises:
         ConfigError: nothing is trainable.
-        MissingPackageError: an optimiser of bitsandbytes without the package.
     """
-    masters = masters_of(model.parameters())
-    parameter_groups = groups(model, masters, decay=arguments.weight_decay)
-    if not parameter_groups:
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    if not trained:
         raise ConfigError(
             "No parameter of the model is trainable.",
             why="Training would change nothing.",
             fix="Attach an adapter first: peft.get_peft_model(model, LoraConfig(...)).",
         )
-    optimizer_class, options, notice = named(arguments, device, parameter_groups=parameter_groups)
+    return [
+        {"params": [p for name, p in trained if name in decayed], "weight_decay": decay},
+        {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},
+    ]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an optimiser is made: its class and its keyword arguments; `notice` says where that
+    departs from the name it was asked for by."""
+
+    kind: type[Optimizer]
+    options: dict[str, Any]
+    notice: str = ""
+
+    def make(self, parameter_groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimiser of these groups."""
+        made: Any = self.kind  # each takes its own keyword arguments
+        return made(parameter_groups, **self.options)
+
+
+def named(arguments: TrainingArguments, device: torch.device) -> Recipe:
+    """The optimiser that `optim`, `optim_args` and the rates ask for, on `device`.
+
+    Raises:
+        MissingPackageError: an optimiser of bitsandbytes without the package.
+    """
+    name, notice = arguments.optim, ""
+    if name.startswith("paged_") and device.type != "cuda":
+        name, notice = _unpaged(name)
+    kind, options = _kind(name, arguments)
     options = {"lr": arguments.learning_rate, **options, **_extra(arguments.optim_args)}
-    made: Any = optimizer_class  # each takes its own keyword arguments
-    return Updater(made(parameter_groups, **options), masters), notice
+    return Recipe(kind, options, notice)
 
 
-def named(
-    arguments: TrainingArguments, device: torch.device, *, parameter_groups: list[Any]
-) -> tuple[type[Optimizer], dict[str, Any], str]:
-    """Class, keyword arguments and notice for `arguments.optim` on `device`."""
-    name = arguments.optim
+def _kind(name: str, arguments: TrainingArguments) -> tuple[type[Optimizer], dict[str, Any]]:
     adam = {
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "eps": arguments.adam_epsilon,
     }
-    if name.startswith("paged_") and device.type != "cuda":
-        name, notice = _unpaged(name, parameter_groups)
-    else:
-        notice = ""
     match name:
         case "adamw_torch":
-            return torch.optim.AdamW, adam, notice
+            return torch.optim.AdamW, adam
         case "adamw_torch_fused":
-            return torch.optim.AdamW, {**adam, "fused": True}, notice
+            return torch.optim.AdamW, {**adam, "fused": True}
         case "sgd":
-            return torch.optim.SGD, {}, notice
+            return torch.optim.SGD, {}
         case "adafactor":
             fixed = {"scale_parameter": False, "relative_step": False}
-            return compat.adafactor_class(), fixed, notice
+            return compat.adafactor_class(), fixed
         case _:
-            return (*_bitsandbytes(name, adam), notice)
+            return _bitsandbytes(name, adam)
 
 
-def _unpaged(name: str, parameter_groups: list[Any]) -> tuple[str, str]:
-    trainable = sum(p.numel() for group in parameter_groups for p in group["params"])
+def _unpaged(name: str) -> tuple[str, str]:
     plain = "adamw_torch_fused" if "adamw" in name else name.removeprefix("paged_")
     return plain, (
         f"{name}: paging moves optimiser state between GPU and host, and there is no GPU here; "
-        f"{plain} runs instead with {trainable * 8 / 1e6:.1f} MB of state in memory, nothing lost"
+        f"{plain} runs instead, with 8 bytes of state per trained parameter in memory, nothing lost"
     )
 
 

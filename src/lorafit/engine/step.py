@@ -5,7 +5,7 @@ backward on its share of the loss; clip; update; report. Knows neither data sets
 names; the trainer decides what comes next.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -57,7 +57,12 @@ class Watch(Protocol):
 
 
 class Engine:
-    """A model, its objective and its updater, ready to step."""
+    """A model, its objective and its updater, ready to step.
+
+    Args:
+        run_part: Forward and backward of one micro-batch of a whole step -> its part of the loss,
+            detached; None for the engine's own.
+    """
 
     def __init__(
         self,
@@ -68,10 +73,12 @@ class Engine:
         schedule: LRScheduler | ReduceLROnPlateau,
         precision: Precision,
         max_norm: float,
+        run_part: Callable[[MicroBatch, Whole], Tensor] | None = None,
     ) -> None:
         self.model, self.objective = model, objective
         self.updater, self.schedule = updater, schedule
         self.precision, self.max_norm = precision, max_norm
+        self.run_part = run_part or self._run_part
 
     def step(self, batches: Sequence[MicroBatch], watch: Watch) -> StepResult:
         """One update on the examples of `batches`, whose gradients add up to the step's.
@@ -84,14 +91,17 @@ class Engine:
         loss = torch.zeros((), device=device)
         self.model.train()
         for index, batch in enumerate(batches):
-            with self.precision.autocast():
-                part = self.objective.part(self.model, batch.to(device), whole=whole)
-            self.precision.scaler.scale(part).backward()
-            loss += part.detach()
+            loss += self.run_part(batch.to(device), whole)
             watch.after_micro_batch(last=index + 1 == len(batches))
         norm, applied = self._update(loss, watch)
         tokens, positions = sum(b.tokens for b in batches), sum(b.positions for b in batches)
         return StepResult(loss, norm, applied, self._advance(), tokens, positions, whole.supervised)
+
+    def _run_part(self, batch: MicroBatch, whole: Whole) -> Tensor:
+        with self.precision.autocast():
+            part = self.objective.part(self.model, batch, whole=whole)
+        self.precision.scaler.scale(part).backward()
+        return part.detach()
 
     def abandon(self) -> None:
         """Forget the gradients of a step that was not finished."""

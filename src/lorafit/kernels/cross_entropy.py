@@ -22,7 +22,9 @@ def reference(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return total
 
 
-def summed_nats(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0) -> Tensor:
+def summed_nats(
+    logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0, shifted: bool = True
+) -> Tensor:
     """Negative log-likelihood in nats, summed over the supervised tokens.
 
     Token t is predicted from the logits at t - 1, so the first label of a row is never used.
@@ -32,13 +34,15 @@ def summed_nats(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0
         logits_BTV: Unshifted logits, any floating dtype.
         labels_BT: Unshifted labels, `IGNORE` where no loss is wanted.
         smoothing: Label smoothing (Szegedy et al. 2016), uniform over the vocabulary.
+        shifted: False where logits and labels lie side by side (any leading shape), as those of a
+            classifier.
 
     Returns:
         A float32 scalar (float64 for float64 logits); 0, with a graph, where nothing is supervised.
     """
-    targets_BT = labels_BT[:, 1:]
+    targets_BT = labels_BT[:, 1:] if shifted else labels_BT
     kept_BT = targets_BT != IGNORE
-    logits_NV = logits_BTV[:, :-1][kept_BT]
+    logits_NV = (logits_BTV[:, :-1] if shifted else logits_BTV)[kept_BT]
     if logits_NV.dtype != torch.float64:
         logits_NV = logits_NV.float()
     targets_N = targets_BT[kept_BT]

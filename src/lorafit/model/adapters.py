@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError, nearest
@@ -75,6 +76,30 @@ def attach(model: PreTrainedModel, arguments: ModelArguments) -> "PeftModel":
             f"LoRA cannot be attached to {type(model).__name__}: {error}",
             fix=f"Name linear modules instead: {', '.join(_linear(model))}.",
         ) from error
+
+
+def loraplus(
+    model: nn.Module,
+    kind: type[Optimizer],
+    *,
+    options: Mapping[str, Any],
+    ratio: float,
+    decay: float,
+) -> Optimizer:
+    """LoRA+ (Hayou et al. 2024) through peft: B matrices learn `ratio` times as fast as A.
+
+    Args:
+        options: The optimiser's keyword arguments, `lr` among them.
+    """
+    from peft.optimizers import create_loraplus_optimizer
+
+    return create_loraplus_optimizer(
+        model,  # type: ignore[arg-type]
+        kind,
+        loraplus_lr_ratio=ratio,
+        loraplus_weight_decay=decay,
+        **options,
+    )
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:

@@ -227,6 +227,17 @@ def forward_names(model: nn.Module, labels: Sequence[str] | None = None) -> tupl
     return tuple(dict.fromkeys([*forward, "label", "label_ids", *label_names(model, labels)]))
 
 
+def main_input(model: nn.Module) -> str:
+    """The input that `include_for_metrics` means by "inputs"."""
+    return getattr(unwrap(model), "main_input_name", "input_ids")
+
+
+def outputs_ignored(model: nn.Module) -> list[str]:
+    """The outputs that are no predictions: the configuration's `keys_to_ignore_at_inference`."""
+    config = getattr(unwrap(model), "config", None)
+    return list(getattr(config, "keys_to_ignore_at_inference", ["past_key_values"]))
+
+
 def place(model: nn.Module, device: torch.device) -> nn.Module:
     """`model` on `device`; one that transformers dispatched or quantised stays where it is."""
     base = unwrap(model)

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 
-def model_card(contract: Mapping[str, Any]) -> str:
+
+def model_card(contract: Mapping[str, Any], *, about: Mapping[str, Any] | None = None) -> str:
     """Markdown with the front matter that the Hugging Face Hub reads.
 
     Args:
         contract: What `lorafit.json` holds; `base` at least.
+        about: More for the front matter, under the Hub's names; None is left out.
     """
     base, metrics = contract.get("base", {}), contract.get("metrics", {})
     name = base.get("name") or base.get("model_type") or "its base"
@@ -20,10 +23,12 @@ def model_card(contract: Mapping[str, Any]) -> str:
         "Answers end with token": contract.get("stop_ids", ["not recorded"])[0],
     }
     lines = "\n".join(f"| {what} | {value} |" for what, value in facts.items())
+    given = {key: value for key, value in (about or {}).items() if value}
+    tags = given.pop("tags", [])
+    tags = [*([tags] if isinstance(tags, str) else tags), "lora", "lorafit"]
+    front = {"base_model": name, "library_name": "peft", **given, "tags": tags}
     return f"""---
-base_model: {name}
-library_name: peft
-tags: [lora, lorafit]
+{yaml.safe_dump(front, sort_keys=False).strip()}
 ---
 
 # A LoRA adapter for {name}

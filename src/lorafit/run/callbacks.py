@@ -6,15 +6,25 @@ transformers'. Knows no engine and no data.
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+import transformers
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, ExportableState
-from transformers.trainer_utils import EvalPrediction, PredictionOutput, TrainOutput, speed_metrics
+from transformers.trainer_utils import (
+    EvalLoopOutput,
+    EvalPrediction,
+    PredictionOutput,
+    TrainOutput,
+    speed_metrics,
+)
 
 __all__ = [
     "Callbacks",
+    "EarlyStoppingCallback",
+    "EvalLoopOutput",
     "EvalPrediction",
     "PredictionOutput",
     "TrainOutput",
@@ -23,6 +33,27 @@ __all__ = [
     "TrainerState",
     "speed_metrics",
 ]
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
+
+
+class ProgressCallback(transformers.ProgressCallback):
+    """Stands where transformers has its own, whose bar lorafit's console draws; taken out of the
+    handler, the console is silent."""
+
+    on_train_begin = on_step_end = on_prediction_step = on_evaluate = _nothing
+    on_predict = on_log = on_train_end = _nothing
+
+
+class PrinterCallback(transformers.PrinterCallback):
+    """The same where progress is printed and not drawn (`disable_tqdm=True`)."""
+
+    on_log = _nothing
+
+
+_OURS = (ProgressCallback, PrinterCallback)
+_THEIRS = (transformers.ProgressCallback, transformers.PrinterCallback)
 
 
 class Seen(Protocol):
@@ -44,14 +75,22 @@ class Callbacks:
         self, arguments: Any, added: Sequence[Any], *, model: Any, processing_class: Any
     ) -> None:
         reporters = get_reporting_integration_callbacks(arguments.report_to)
+        progress = PrinterCallback if arguments.disable_tqdm else ProgressCallback
         self.arguments = arguments
         self.handler = CallbackHandler(
-            [DefaultFlowCallback, *reporters, *added], model, processing_class, None, None
+            [DefaultFlowCallback, *reporters, *added, progress], model, processing_class, None, None
         )
-        self.state: Any = TrainerState()
         self.control = TrainerControl()
+        self.state: Any = TrainerState(stateful_callbacks=self._stateful())
         self._flops_per_position = 0.0
         self.fire("on_init_end")
+
+    def draws(self) -> bool:
+        """Whether lorafit's console is to show progress: its stand-in is there, and no callback of
+        the user's that shows it."""
+        known = self.handler.callbacks
+        ours = any(isinstance(callback, _OURS) for callback in known)
+        return ours and all(isinstance(c, _OURS) for c in known if isinstance(c, _THEIRS))
 
     def begin(self, *, max_steps: int, epochs: int, batch_size: int) -> None:
         """A fresh state for a run of `max_steps` optimiser steps."""
@@ -87,38 +126,50 @@ class Callbacks:
         """Whether the epoch, or all of training, is to end here."""
         return self.control.should_epoch_stop or self.control.should_training_stop
 
-    def resume(self, path: str) -> None:
+    def end_epoch(self, *, stop: bool) -> None:
+        """The epoch ends; so does training, if `stop` says so."""
+        self.control.should_training_stop |= stop
+        self.fire("on_epoch_end")
+
+    def resume(self, path: Path) -> list[str]:
         """The state a checkpoint kept, and that of its stateful callbacks; an evaluation that was
-        asked for and interrupted is asked for again."""
-        saved: Any = TrainerState.load_from_json(path)
+        asked for and interrupted is asked for again. A line for each part that is not there."""
+        saved: Any = TrainerState.load_from_json(str(path))
         fresh, self.state = self.state, saved
         for name in ("max_steps", "num_train_epochs", "train_batch_size"):
             setattr(saved, name, getattr(fresh, name))
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(saved, name, getattr(fresh, name))
-        control: Any = saved.stateful_callbacks.get("TrainerControl", {})
+        control: Any = saved.stateful_callbacks.pop("TrainerControl", {})
         self.control.should_evaluate = control.get("args", {}).get("should_evaluate", False)
-        for callback in self.handler.callbacks:
-            kept = saved.stateful_callbacks.get(type(callback).__name__)
-            if isinstance(callback, ExportableState) and kept:
-                self._restore(callback, kept)
+        lost = [
+            name for name, kept in saved.stateful_callbacks.items() if not self._put(name, kept)
+        ]
+        best = saved.best_model_checkpoint
+        if best and not Path(best).is_dir():
+            saved.best_model_checkpoint = None
+            lost.append(f"best_model_checkpoint {best}")
+        return [f"the checkpoint's {name} is not here any more: left out" for name in lost]
 
-    @staticmethod
-    def _restore(callback: Any, kept: Any) -> None:
-        one = kept[0] if isinstance(kept, list) else kept
-        for name, value in {**one.get("args", {}), **one.get("attributes", {})}.items():
-            setattr(callback, name, value)
+    def _put(self, name: str, kept: Any) -> bool:
+        """Give the callbacks of that class their saved states, in order; whether there is one."""
+        states = kept if isinstance(kept, list) else [kept]
+        ones: list[Any] = [c for c in self._stateful() if type(c).__name__ == name]
+        for callback, state in zip(ones, states, strict=False):
+            for key, value in {**state.get("args", {}), **state.get("attributes", {})}.items():
+                setattr(callback, key, value)
+        return bool(ones)
 
     def _stateful(self) -> list[Any]:
         candidates = [*self.handler.callbacks, self.control]
         return [callback for callback in candidates if isinstance(callback, ExportableState)]
 
-    def keep_state(self, path: str) -> None:
+    def keep_state(self, path: Path) -> None:
         """Write trainer_state.json, the stateful callbacks' state as it is now included."""
-        for callback in self._stateful():
-            name = type(callback).__name__
-            self.state.stateful_callbacks[name] = callback.state()
-        self.state.save_to_json(path)
+        self.state.stateful_callbacks = TrainerState(
+            stateful_callbacks=self._stateful()
+        ).stateful_callbacks
+        self.state.save_to_json(str(path))
 
     def fire(self, event: str, **context: Any) -> None:
         """Tell every callback; what they ask for is in `control` afterwards."""

@@ -22,23 +22,26 @@ from lorafit.errors import UsageError
 from lorafit.run import store
 
 STATE, TENSORS = "run_state.json", "run_state.safetensors"
-FORMAT = 1
-_TREES = ("optimizer", "scaler", "random_state")
+FORMAT = 2
+_TREES = ("optimizer", "scaler", "random_state", "epoch_began")
 
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: `step` optimiser steps done, of which `in_epoch` in `epoch`."""
+    """Where a run stands: `step` optimiser steps done, `rows` rows of `epoch` used. Rows, not
+    steps, so that a run may go on with another batch size and meet each row once."""
 
     step: int
     epoch: int
-    in_epoch: int
+    rows: int
 
 
 @dataclass(frozen=True)
 class RunState:
     """Everything but the weights. Optimiser, schedule and scaler as their `state_dict`s;
-    `sums` are the trainer's running numbers, `random_state` what `random_state()` returned."""
+    `sums` are the trainer's running numbers, `random_state` what `random_state()` returned, and
+    `epoch_began` the same at the epoch's beginning, None where its rows are found without reading.
+    `arguments` are the training arguments by name."""
 
     position: Position
     optimizer: dict[str, Any]
@@ -46,6 +49,8 @@ class RunState:
     scaler: dict[str, Any]
     sums: dict[str, float]
     random_state: dict[str, Any]
+    epoch_began: dict[str, Any] | None
+    arguments: dict[str, Any]
 
 
 def save(
@@ -70,6 +75,7 @@ def _write_state(folder: Path, state: RunState) -> None:
         "format": FORMAT,
         "position": asdict(state.position),
         "sums": state.sums,
+        "arguments": state.arguments,
         "schedule": _split(_plain(state.schedule), "schedule", tensors=tensors),
         **{part: _split(vars(state)[part], part, tensors=tensors) for part in _TREES},
     }
@@ -80,9 +86,12 @@ def _write_state(folder: Path, state: RunState) -> None:
 def fault(folder: Path) -> str:
     """Why `folder` cannot be resumed; empty where it can."""
     why = store.fault(folder)
-    if not why and not (folder / STATE).is_file():
-        why = "it was saved with save_only_model, without the state of the run"
-    return why
+    if why:
+        return why
+    if not (folder / STATE).is_file():
+        return "it was saved with save_only_model, without the state of the run"
+    written = json.loads((folder / STATE).read_text(encoding="utf-8")).get("format")
+    return "" if written == FORMAT else f"format {written} of another lorafit, not {FORMAT}"
 
 
 def load(folder: Path) -> RunState:
@@ -94,7 +103,7 @@ def load(folder: Path) -> RunState:
     why = fault(folder)
     if why:
         raise UsageError(
-            f"{folder} cannot be resumed: {why}.",
+            f"Can't find a valid checkpoint at {folder}: {why}.",
             why="A checkpoint that is not whole would resume another run than the one saved.",
             fix="Write --resume-from-checkpoint auto (resume_from_checkpoint='auto') for the "
             "newest whole one.",
@@ -104,6 +113,7 @@ def load(folder: Path) -> RunState:
     return RunState(
         position=Position(**described["position"]),
         sums=described["sums"],
+        arguments=described["arguments"],
         schedule=_join(described["schedule"], tensors),
         **{part: _join(described[part], tensors) for part in _TREES},
     )
@@ -135,7 +145,7 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
     found, skipped = store.newest(folder, fault=fault)
     if found is None and wanted is True:
         raise UsageError(
-            "\n".join([f"There is no whole checkpoint in {folder} to resume.", *skipped]),
+            "\n".join([f"No valid checkpoint found in output directory ({folder}).", *skipped]),
             fix="resume_from_checkpoint='auto' starts afresh where there is none.",
         )
     return Kept(found, load(found)) if found else None, skipped

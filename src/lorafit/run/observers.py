@@ -3,13 +3,17 @@
 Owns the list of observers and how an event is made from what the trainer knows.
 """
 
+import math
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, Literal
 
 from lorafit.engine.evaluation import Evaluation
-from lorafit.events import Evaluated, Event, Notice
+from lorafit.engine.optim import Reached
+from lorafit.errors import ModelError
+from lorafit.events import Evaluated, Event, Notice, RunEnded, StepEnd
+from lorafit.model.base import some
 from lorafit.run.journal import Journal
 
 Observer = Callable[[Event], None]
@@ -38,6 +42,40 @@ class Observers(list[Observer]):
         self.tell(*(Notice(line) for line in lines if line))
 
 
+def watching_gradients(observers: Observers, reached: Reached) -> Observer:
+    """An observer that says, once numbers of a second step are known, which trained tensors no
+    gradient has reached; then it leaves.
+
+    Raises:
+        ModelError: none was reached; from the observer.
+    """
+    steps = 0
+
+    def look(event: Event) -> None:
+        nonlocal steps
+        steps += isinstance(event, StepEnd)
+        over = steps >= 2 or isinstance(event, RunEnded)
+        if look not in observers or not over:
+            return
+        observers.remove(look)
+        reached.close()
+        missing, names = len(reached.silent), some(list(reached.silent))
+        if steps and missing == reached.trained:
+            raise ModelError(
+                f"No gradient has reached any of the {missing} trained tensors: {names}.",
+                why="Training changes nothing: the loss does not depend on them.",
+                fix="With gradient_checkpointing, leave use_reentrant out or False; else look at "
+                "what the forward returns as its loss.",
+            )
+        if steps and missing:
+            observers.say(
+                f"{missing} of {reached.trained} trained tensors got no gradient in the first "
+                f"{steps} steps: {names}"
+            )
+
+    return look
+
+
 def evaluated(
     measured: Evaluation, state: Any, *, name: str, occasion: Literal["asked", "reading"]
 ) -> Evaluated:
@@ -46,7 +84,7 @@ def evaluated(
         name=name,
         step=state.global_step,
         epoch=float(state.epoch or 0),
-        loss=measured.loss,
+        loss=math.nan if measured.loss is None else measured.loss,
         supervised_tokens=measured.supervised,
         examples=measured.examples,
         seconds=measured.seconds,

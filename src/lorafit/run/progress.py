@@ -12,10 +12,7 @@ from lorafit.events import Event, Logged, StepEnd, StepSkipped
 
 PENDING = 8
 """Steps whose numbers may stay unread before the host looks."""
-_SUMS = (
-    *("tokens", "positions", "total_loss", "window_loss"),
-    *("window_steps", "steps", "skipped_in_a_row"),
-)
+_SUMS = (*("tokens", "positions", "total_loss", "window_loss", "logged_at", "skipped_in_a_row"),)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +43,7 @@ class Progress:
     positions: int = 0
     total_loss: float = 0.0
     window_loss: float = 0.0
-    window_steps: int = 0
-    steps: int = 0
+    logged_at: int = 0
     skipped_in_a_row: int = 0
     _last: StepEnd | None = None
     _unread: list[Done] = field(default_factory=list)
@@ -75,8 +71,6 @@ class Progress:
             end = done.read()
             events.append(end)
             self._last = end
-            self.steps += 1
-            self.window_steps += 1
             self.window_loss += end.loss
             self.total_loss += end.loss
             if bool(done.result.applied):
@@ -94,16 +88,17 @@ class Progress:
 
     def logged(self) -> Logged | None:
         """The window's mean loss with the last step's numbers; closes the window. None if empty."""
-        if not self.window_steps or self._last is None:
+        if self._last is None or self._last.step == self.logged_at:
             return None
-        last, mean = self._last, self.window_loss / self.window_steps
-        self.window_loss, self.window_steps = 0.0, 0
+        last, mean = self._last, self.window_loss / (self._last.step - self.logged_at)
+        self.window_loss, self.logged_at = 0.0, last.step
         return Logged(last.step, last.epoch, mean, last.gradient_norm, last.learning_rate)
 
     @property
     def mean_loss(self) -> float:
-        """The mean loss of all steps of this call to `train`."""
-        return self.total_loss / self.steps if self.steps else 0.0
+        """The mean loss of all steps of the run whose numbers were read."""
+        steps = self._last.step if self._last else self.first_step
+        return self.total_loss / steps if steps else 0.0
 
     def sums(self) -> dict[str, float]:
         """What a checkpoint keeps."""

@@ -1,0 +1,285 @@
+"""Face: what scripts read and call of transformers' Trainer, but for the work itself.
+
+Owns the model with its arguments, data, callbacks and observers, and answers under transformers'
+names: state, control, accelerator, logs, files. `Hooks` adds what subclasses override, `Trainer`
+the loop.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorafit import compat, parts
+from lorafit.arguments import TrainingArguments
+from lorafit.engine import precision, world
+from lorafit.engine.objective import Objective
+from lorafit.errors import ConfigError
+from lorafit.events import Saved
+from lorafit.model import adapters, base
+from lorafit.model.card import model_card
+from lorafit.run import store
+from lorafit.run.accelerator import Accelerator
+from lorafit.run.callbacks import Callbacks, set_verbosity
+from lorafit.run.console import Console
+from lorafit.run.observers import Observers
+from lorafit.run.signals import Signals
+
+
+class Face:
+    """See `Trainer`, whose arguments these are."""
+
+    is_model_parallel = is_deepspeed_enabled = is_fsdp_enabled = False
+    place_model_on_device = True
+    deepspeed = hp_search_backend = None
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: Any = None,
+        data_collator: Callable[[list[Any]], Any] | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        model_init: Callable[..., nn.Module] | None = None,
+        compute_loss_func: Callable[..., Tensor] | None = None,
+        compute_metrics: Callable[..., Any] | None = None,
+        callbacks: Sequence[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[Optimizer], dict[str, Any]] | None = None,
+        preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        world.check_alone()
+        self.args = TrainingArguments("trainer_output") if args is None else args
+        settings = self._checked_settings()
+        if settings.log_level != "passive":
+            set_verbosity(settings.get_process_log_level())
+        compat.set_seed(settings.seed, deterministic=settings.full_determinism)
+        parts.check_given(
+            model=model,
+            model_init=model_init,
+            optimizers=optimizers,
+            kind=optimizer_cls_and_kwargs,
+        )
+        self.model_init = model_init
+        made = model if model is not None else self.call_model_init()
+        self.model: nn.Module = base.place(made, settings.device)
+        self.processing_class = processing_class if processing_class is not None else tokenizer
+        self.data_collator = data_collator or compat.default_collator(self.processing_class)
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+        self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
+        self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
+        self.optimizer: Any = optimizers[0]
+        self.lr_scheduler: Any = optimizers[1]
+        self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self.label_names = list(base.label_names(self.model, settings.label_names))
+        self.is_in_train = False
+        self.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
+        self.contract: dict[str, Any] = {}
+        self.resume_command = "trainer.train(resume_from_checkpoint=True)"
+        self._console = Console(live=settings.disable_tqdm is not True)
+        self.observers = Observers([self._console])
+        self._signals, self._created_scheduler = Signals(), False
+        self._optimizer_notice = ""
+        self._precision = precision.choose(settings, settings.device)
+        self.accelerator = Accelerator(self._precision, seed=parts.order_seed(settings))
+        self._objective_of: tuple[nn.Module, Objective] | None = None
+        self._eval_loaders: dict[str, Any] = {}
+        self._callbacks = Callbacks(
+            self._callback_arguments(),
+            callbacks or (),
+            model=self.model,
+            processing_class=self.processing_class,
+        )
+
+    # ---- arguments, state, callbacks -----------------------------------------------------------
+
+    @property
+    def settings(self) -> TrainingArguments:
+        """`args` as lorafit's own, as they are now."""
+        if isinstance(self.args, TrainingArguments):
+            return self.args
+        return compat.from_transformers(self.args)
+
+    def _checked_settings(self) -> TrainingArguments:
+        settings = self.settings
+        complaints = settings.check()
+        if complaints:
+            raise ConfigError("\n".join(complaints))
+        return settings
+
+    def _callback_arguments(self) -> Any:
+        if isinstance(self.args, TrainingArguments):
+            return compat.to_transformers(self.args)
+        return self.args
+
+    @property
+    def state(self) -> Any:
+        """transformers' `TrainerState`: global_step, epoch, log_history, best_metric, ..."""
+        return self._callbacks.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._callbacks.state = state
+
+    @property
+    def control(self) -> Any:
+        """transformers' `TrainerControl`."""
+        return self._callbacks.control
+
+    @control.setter
+    def control(self, control: Any) -> None:
+        self._callbacks.control = control
+
+    @property
+    def callback_handler(self) -> Any:
+        """transformers' `CallbackHandler`."""
+        return self._callbacks.handler
+
+    @property
+    def tokenizer(self) -> Any:
+        """`processing_class`, under its older name."""
+        return self.processing_class
+
+    @property
+    def model_wrapped(self) -> nn.Module:
+        """The model: nothing is wrapped around it."""
+        return self.model
+
+    def add_callback(self, callback: Any) -> None:
+        """Add a `TrainerCallback`, class or instance."""
+        self._callbacks.handler.add_callback(callback)
+
+    def pop_callback(self, callback: Any) -> Any:
+        """Remove a callback and return it; None where it was not there."""
+        return self._callbacks.handler.pop_callback(callback)
+
+    def remove_callback(self, callback: Any) -> None:
+        """Remove a callback."""
+        self._callbacks.handler.remove_callback(callback)
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process writes files: always, in one process."""
+        return True
+
+    is_local_process_zero = is_world_process_zero
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """A fresh model from `model_init`, which may take the trial: None here."""
+        assert self.model_init is not None
+        return self.model_init(*[trial][: parts.needed(self.model_init)])
+
+    def _show_progress(self) -> None:
+        """Let the console show progress, unless its callback was taken out."""
+        shows = self._console in self.observers
+        if shows and not self._callbacks.draws():
+            self.observers.remove(self._console)
+        elif self._callbacks.draws() and not shows:
+            self.observers.insert(0, self._console)
+
+    # ---- logs and files ------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
+        """Append `logs` to `state.log_history` and tell callbacks."""
+        if self.state.epoch is not None:
+            logs["epoch"] = self.state.epoch
+        if self.settings.include_num_input_tokens_seen != "no":
+            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        self._callbacks.fire("on_log", logs=logs)
+
+    def metrics_format(self, metrics: dict[str, Any]) -> dict[str, Any]:
+        """`metrics` rounded and times as h:mm:ss, for people."""
+        return compat.metrics_format(metrics)
+
+    def log_metrics(self, split: str, metrics: dict[str, Any]) -> None:
+        """Print `metrics` of "train", "eval" or "test"."""
+        compat.log_metrics(self, split, metrics=metrics)
+
+    def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
+        """Write `{split}_results.json`, and into `all_results.json` if `combined`."""
+        store.make_folder(Path(self.settings.output_dir))
+        compat.save_metrics(self, split, metrics=metrics, combined=combined)
+
+    def save_state(self) -> None:
+        """Write trainer_state.json to `output_dir`."""
+        folder = store.make_folder(Path(self.settings.output_dir))
+        self._callbacks.keep_state(folder / "trainer_state.json")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (the whole model without one), tokenizer, card, contract, arguments."""
+        folder = store.make_folder(Path(output_dir or self.settings.output_dir))
+        contract = self._contract()
+        adapters.save_adapter(
+            self.model,
+            folder,
+            tokenizer=self.processing_class or compat.tokenizer_of(self.data_collator),
+            contract=contract,
+            card=model_card(contract),
+        )
+        store.write_json(folder / "training_args.json", self.settings.to_sanitized_dict())
+        if not _internal_call:
+            size = store.bytes_of(folder)
+            self.observers.tell(Saved(str(folder), self.state.global_step, size))
+
+    def _contract(self) -> dict[str, Any]:
+        metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}
+        return {"base": base.identity(self.model), "metrics": metrics, **self.contract}
+
+    def create_model_card(
+        self,
+        language: str | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,  # noqa: ARG002 of one data set's loader
+    ) -> None:
+        """Write the model card, README.md, to `output_dir`: the run's facts and what is given."""
+        about = {
+            "language": language,
+            "license": license,
+            "tags": tags,
+            "model_name": model_name,
+            "base_model": finetuned_from,
+            "pipeline_tag": tasks,
+            "datasets": dataset_tags or dataset,
+        }
+        folder = store.make_folder(Path(self.settings.output_dir))
+        card = model_card(self._contract(), about=about)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,  # noqa: ARG002 transformers' signature
+        blocking: bool = True,  # noqa: ARG002
+        token: str | None = None,  # noqa: ARG002
+        revision: str | None = None,  # noqa: ARG002
+    ) -> NoReturn:
+        """Refused: lorafit uploads nothing."""
+        raise ConfigError(
+            "Trainer.push_to_hub: lorafit uploads nothing.",
+            fix="Save it and upload the folder: trainer.save_model('adapter'); huggingface_hub."
+            "upload_folder(folder_path='adapter', repo_id=...).",
+        )
+
+    def hyperparameter_search(
+        self,
+        hp_space: Any = None,  # noqa: ARG002 transformers' signature
+        compute_objective: Any = None,  # noqa: ARG002
+        n_trials: int = 20,  # noqa: ARG002
+        direction: Any = "minimize",  # noqa: ARG002
+        backend: Any = None,  # noqa: ARG002
+        hp_name: Any = None,  # noqa: ARG002
+    ) -> NoReturn:
+        """Refused: one training per process and setting."""
+        raise ConfigError(
+            "Trainer.hyperparameter_search belongs to a search service, which lorafit leaves out.",
+            fix="Run one training per setting, or let optuna call a function that makes a Trainer.",
+        )

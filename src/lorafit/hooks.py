@@ -1,0 +1,417 @@
+"""Hooks: the methods of transformers' Trainer that subclasses override, and their own work.
+
+Data loaders, loss, optimiser, evaluation and prediction. A method that a subclass overrides is used
+wherever transformers' Trainer would use it; where none is, the engine does the work. `Trainer` adds
+the loop.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorafit import compat, parts
+from lorafit.arguments import TrainingArguments
+from lorafit.data import loader
+from lorafit.engine import objective as objectives
+from lorafit.engine import optim
+from lorafit.engine.evaluation import Evaluation, Gathered, Predicted, evaluate
+from lorafit.engine.layout import MicroBatch, as_given, moved
+from lorafit.engine.objective import Objective
+from lorafit.errors import ConfigError
+from lorafit.face import Face
+from lorafit.model import adapters, base
+from lorafit.parts import Overrides
+from lorafit.run.callbacks import EvalLoopOutput, PredictionOutput
+from lorafit.run.observers import evaluated
+
+
+class Hooks(Face):
+    """See `Trainer`."""
+
+    loss_is_scaled_for_ga: bool | None = None
+    """Whether an overridden `compute_loss` divides by `num_items_in_batch` itself; None: it does
+    where it is told that number."""
+
+    def _overrides(self) -> Overrides:
+        """The methods that are not this class's own any more."""
+        functions = ("compute_loss_func",) if self.compute_loss_func else ()
+        own = {name: getattr(Hooks, name) for name in dir(Hooks) if not name.startswith("__")}
+        replaced = (
+            name
+            for name, value in own.items()
+            if name != "__init__" and (name in vars(self) or getattr(type(self), name) is not value)
+        )
+        return Overrides(frozenset([*replaced, *functions]))
+
+    # ---- data ----------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> Any:
+        """torch's DataLoader over `train_dataset`; override it for one of your own."""
+        if self.train_dataset is None:
+            raise ConfigError(
+                "Trainer: training requires a train_dataset.",
+                fix="Trainer(..., train_dataset=...).",
+            )
+        sampler = self._get_train_sampler(self.train_dataset)
+        return self._loader(self.train_dataset, sampler, training=True)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """torch's DataLoader over `eval_dataset`: a set, the name of one in a dict of sets, or None
+        for the trainer's own. Kept with `dataloader_persistent_workers`."""
+        key = eval_dataset if isinstance(eval_dataset, str) else "eval"
+        if self.settings.dataloader_persistent_workers and key in self._eval_loaders:
+            return self._eval_loaders[key]
+        made = self.get_test_dataloader(self._evaluation_set(eval_dataset))
+        self._eval_loaders[key] = made
+        return made
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """torch's DataLoader over `test_dataset`, in its own order."""
+        return self._loader(test_dataset, self._get_eval_sampler(test_dataset), training=False)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        return parts.train_sampler(dataset, self.settings)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return parts.eval_sampler(eval_dataset)
+
+    def _loader(self, dataset: Any, sampler: Any, *, training: bool) -> loader.SeededLoader:
+        arguments = self.settings
+        return parts.data_loader(
+            dataset,
+            parts.columns_kept(self.data_collator, self.model, arguments=arguments),
+            arguments=arguments,
+            sampler=sampler,
+            training=training,
+        )
+
+    def _evaluation_set(self, given: Any) -> Any:
+        if isinstance(given, str):
+            return self.eval_dataset[given]
+        chosen = self.eval_dataset if given is None else given
+        if chosen is None:
+            raise ConfigError(
+                "Trainer: evaluation requires an eval_dataset.",
+                fix="Trainer(..., eval_dataset=...) or trainer.evaluate(eval_dataset=...).",
+            )
+        return chosen
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows of a loader's set; where it does not say, its batches times their nominal size."""
+        rows = loader.rows_of(dataloader)
+        return len(dataloader) * self.settings.train_batch_size if rows is None else rows
+
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        """A batch on the model's device."""
+        return moved(inputs, self.accelerator.device)
+
+    # ---- loss ----------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The module's own loss of one batch; override it for another.
+
+        Args:
+            num_items_in_batch: Supervised tokens of the whole optimiser step, of the batch in
+                evaluation; a loss that divides by it is exact under accumulation. None where the
+                model takes no such number.
+
+        Returns:
+            A scalar, or (scalar, outputs) with `return_outputs`.
+        """
+        function = self.compute_loss_func
+        smoothing = self.settings.label_smoothing_factor if model.training else 0
+        if function is None and smoothing and "labels" in inputs:
+            function = objectives.smoothed(smoothing, shifted=base.declares_causal_loss(self.model))
+        loss, outputs = objectives.own_loss(
+            model,
+            inputs,
+            function=function,
+            count=num_items_in_batch,
+            passed_on=num_items_in_batch is not None and base.accepts_count(self.model),
+        )
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch; its part of the step's loss, detached. Used
+        where it is overridden; else the engine does the same."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        if not (self._divides() and num_items_in_batch is not None):
+            loss = loss / self.current_gradient_accumulation_steps
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+    def compute_loss_context_manager(self) -> AbstractContextManager[object]:
+        """The context of every forward: autocast, as the arguments ask for it."""
+        return self._precision.autocast()
+
+    autocast_smart_context_manager = compute_loss_context_manager
+
+    def _counts(self) -> bool:
+        """Whether losses are told the step's supervised tokens: the rule of transformers."""
+        return bool(self.compute_loss_func) or base.accepts_count(self.model)
+
+    def _divides(self) -> bool:
+        """Whether a loss that is told them comes divided by them."""
+        own = self.loss_is_scaled_for_ga
+        return self._counts() if own is None else own
+
+    def _objective(self) -> Objective:
+        """The loss of this model, found out once."""
+        if self._objective_of is None or self._objective_of[0] is not self.model:
+            self._objective_of = self.model, self._make_objective()
+        return self._objective_of[1]
+
+    def _make_objective(self) -> Objective:
+        counting = self._counts() and parts.takes_count(self.compute_loss)
+
+        def compute_loss(model: nn.Module, inputs: Any, *, count: int | None) -> tuple[Tensor, Any]:
+            given = {"num_items_in_batch": count} if counting else {}
+            made = self.compute_loss(model, inputs, return_outputs=True, **given)
+            return made if isinstance(made, tuple) else (made, None)
+
+        return parts.objective(
+            self.model,
+            compute_loss,
+            arguments=self.settings,
+            overrides=self._overrides(),
+            divided=self._divides() and (counting or bool(self.loss_is_scaled_for_ga)),
+        )
+
+    # ---- optimiser -----------------------------------------------------------------------------
+
+    def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
+        """Make `optimizer` and `lr_scheduler`, where there are none."""
+        self.create_optimizer()
+        self.create_scheduler(num_training_steps)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Any:
+        """Make `optimizer` where there is none: `optim`, or `optimizer_cls_and_kwargs`."""
+        if self.optimizer is None:
+            trained = self.model if model is None else model
+            made_by = parts.recipe(self.settings, self.optimizer_cls_and_kwargs)
+            self._optimizer_notice = made_by.notice
+            self.optimizer = parts.optimizer(
+                trained,
+                made_by,
+                arguments=self.settings,
+                decayed=self.get_decay_parameter_names(trained),
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make `lr_scheduler` where there is none."""
+        if self.lr_scheduler is None:
+            chosen = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = compat.make_scheduler(
+                chosen, self.settings, total_steps=num_training_steps
+            )
+            self._created_scheduler = True
+        return self.lr_scheduler
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: Any,
+        model: nn.Module | None = None,  # noqa: ARG004 transformers' signature
+    ) -> tuple[type[Optimizer], dict[str, Any]]:
+        """Class and keyword arguments of the optimiser that `args` name."""
+        ours = args if isinstance(args, TrainingArguments) else compat.from_transformers(args)
+        made_by = parts.recipe(ours, None)
+        return made_by.kind, made_by.options
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters that take weight decay: all but biases and those of norms."""
+        return optim.decayed_names(model)
+
+    def get_learning_rates(self) -> list[float]:
+        """The learning rate of each parameter group."""
+        return [group["lr"] for group in self._made_optimizer().param_groups]
+
+    def get_optimizer_group(self, param: Any = None) -> Any:
+        """The group that holds `param`; without it, the parameters of each group."""
+        groups = self._made_optimizer().param_groups
+        for group in groups if param is not None else ():
+            if any(held is param for held in group["params"]):
+                return group
+        return [group["params"] for group in groups]
+
+    def _made_optimizer(self) -> Any:
+        if self.optimizer is None:
+            raise ConfigError(
+                "Trainer optimizer is None: training has not made one yet.",
+                fix="Call trainer.create_optimizer() first.",
+            )
+        return self.optimizer
+
+    def get_num_trainable_parameters(self) -> int:
+        """How many parameters are trained."""
+        return adapters.trainable_share(self.model)[0]
+
+    # ---- evaluation ----------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Loss (nats per supervised token) and metrics on a set, logged and told to callbacks.
+
+        Args:
+            eval_dataset: A set, the name of one of the trainer's, a dict of sets; None: its own.
+            ignore_keys: Outputs of the model that are no predictions.
+
+        Returns:
+            `{prefix}_loss`, what `compute_metrics` returns, `_runtime` (seconds),
+            `_samples_per_second`, `_steps_per_second` and `epoch`; for a dict of sets, each under
+            `{prefix}_{name}`.
+        """
+        chosen = self._evaluation_set(eval_dataset)
+        if isinstance(chosen, dict):
+            merged: dict[str, float] = {}
+            for name, part in chosen.items():
+                one = name if eval_dataset is None else part
+                merged |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+            return merged
+        batches, began = self.get_eval_dataloader(eval_dataset), time.time()
+        loss_only = True if self.compute_metrics is None else None
+        output = self.evaluation_loop(
+            batches, "Evaluation", loss_only, ignore_keys, metric_key_prefix
+        )
+        if not output.metrics:
+            raise ConfigError(
+                f"The evaluation set has no {' or '.join(self.label_names) or 'loss'}: nothing can "
+                "be measured on it.",
+                fix="Give its rows labels, or call trainer.predict(...) for predictions alone.",
+            )
+        metrics = self._with_speed(output, metric_key_prefix, began=began)
+        self.log(metrics)
+        self._callbacks.fire("on_evaluate", metrics=metrics)
+        return metrics
+
+    def predict(
+        self,
+        test_dataset: Any,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "test",
+    ) -> PredictionOutput:
+        """(predictions, label_ids, metrics) of a set, with labels or without; numpy arrays, padded
+        with -100 where batches differ in width."""
+        batches, began = self.get_test_dataloader(test_dataset), time.time()
+        output = self.evaluation_loop(batches, "Prediction", None, ignore_keys, metric_key_prefix)
+        metrics = self._with_speed(output, metric_key_prefix, began=began)
+        self._callbacks.fire("on_predict", metrics=metrics)
+        return PredictionOutput(output.predictions, output.label_ids, metrics)
+
+    def evaluation_loop(
+        self,
+        dataloader: Iterable[Any],
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """(predictions, label_ids, metrics, num_samples) of the batches of `dataloader`. Nothing
+        but sums is kept where only the loss is wanted."""
+        arguments = self.settings
+        loss_only = arguments.prediction_loss_only
+        loss_only = loss_only if prediction_loss_only is None else prediction_loss_only
+        gathered = Gathered(
+            arguments,
+            self.compute_metrics,
+            self.preprocess_logits_for_metrics,
+            main_input=base.main_input(self.model),
+            keeps=description == "Prediction",
+        )
+        self._callbacks.shown(eval_dataloader=dataloader)
+        self._show_progress()
+
+        def after_batch(predicted: Predicted) -> None:
+            if not loss_only:
+                gathered(predicted)
+            self._signals.poll()
+            self._callbacks.fire("on_prediction_step")
+
+        measured = self._measured(
+            dataloader, loss_only=loss_only, ignore_keys=ignore_keys, keep=after_batch
+        )
+        if measured.loss is not None:
+            name, occasion = metric_key_prefix, "asked"
+            self.observers.tell(evaluated(measured, self.state, name=name, occasion=occasion))
+        metrics = parts.metrics_of(measured, gathered.metrics(), prefix=metric_key_prefix)
+        rows = loader.rows_of(dataloader)
+        arrays = gathered.arrays("predictions"), gathered.arrays("label_ids")
+        return EvalLoopOutput(*arrays, metrics, measured.examples if rows is None else rows)
+
+    def _measured(
+        self,
+        batches: Iterable[Any],
+        *,
+        loss_only: bool,
+        keep: Callable[[Predicted], None],
+        ignore_keys: list[str] | None = None,
+    ) -> Evaluation:
+        shifted = self._objective().shifted
+
+        def predict(batch: MicroBatch) -> tuple[Tensor | None, Any, Any]:
+            return self.prediction_step(self.model, batch.inputs, loss_only, ignore_keys)
+
+        def laid_out() -> Iterator[MicroBatch]:
+            for batch in batches:
+                yield from as_given([batch], shifted=shifted)
+
+        return evaluate(self.model, laid_out(), predict=predict, keep=keep)
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Any, Any]:
+        """(mean loss, predictions, labels) of one batch, each None where there is none."""
+        objective = self._objective()
+        (batch,) = as_given([inputs], shifted=objective.shifted)
+        inputs = self._prepare_inputs(inputs)
+        labels = tuple(inputs.get(name) for name in self.label_names)
+        has_labels = bool(labels) and all(label is not None for label in labels)
+        asked = not labels and self._overrides().any_of("compute_loss", "compute_loss_func")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            if has_labels or asked:
+                measured = objective.measure(model, batch.to(self.accelerator.device))
+                loss, outputs = measured.loss.detach().mean(), measured.outputs
+            else:
+                outputs = model(**inputs)
+                loss = None if labels else objectives.loss_among(outputs)
+        if prediction_loss_only:
+            return loss, None, None
+        ignored = base.outputs_ignored(model) if ignore_keys is None else ignore_keys
+        predictions = objectives.predictions_of(
+            outputs, ignored=ignored, with_loss=loss is not None
+        )
+        return (
+            loss,
+            predictions,
+            (labels[0] if len(labels) == 1 else labels) if has_labels else None,
+        )
+
+    def _with_speed(self, output: EvalLoopOutput, prefix: str, *, began: float) -> dict[str, float]:
+        size, rows = self.settings.eval_batch_size, output.num_samples or 0
+        speed = parts.speed_of(prefix, began, examples=rows, batch_size=size)
+        return {**(output.metrics or {}), **speed}
