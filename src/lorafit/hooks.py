@@ -81,7 +81,7 @@ class Hooks(Face):
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return parts.eval_sampler(eval_dataset)
 
-    def _loader(self, dataset: Any, sampler: Any, *, training: bool) -> loader.SeededLoader:
+    def _loader(self, dataset: Any, sampler: Any, *, training: bool) -> loader.EpochLoader:
         arguments = self.settings
         return parts.data_loader(
             dataset,

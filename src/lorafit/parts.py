@@ -96,7 +96,7 @@ def data_loader(
     arguments: TrainingArguments,
     sampler: Any,
     training: bool,
-) -> loader.SeededLoader:
+) -> loader.EpochLoader:
     """The batches of a set in the sampler's order. Only a training set's last may be left out."""
     return loader.make_loader(
         dataset,

@@ -58,8 +58,8 @@ class Watch:
 @dataclass
 class Session:
     """Mutable: `position` counts finished steps; `step_began` is the random state at the beginning
-    of a step that has not finished, None between steps; `epoch_began` that at the beginning of an
-    epoch whose rows are found by reading; `saved_in` is the whole checkpoint that was saved at step
+    of a step that has not finished, None between steps; `epoch_began` that at the beginning of the
+    epoch; `saved_in` is the whole checkpoint that was saved at step
     `saved_at`, None before the first."""
 
     arguments: TrainingArguments
@@ -96,17 +96,19 @@ class Session:
         self.step_began = None
 
     def _begin_epoch(self, epoch: int) -> Iterator[StepBatches]:
-        """The steps of `epoch`. A resumed epoch whose rows are found by reading is read from its
-        beginning with the random state that it had there."""
+        """The steps of `epoch`, whose beginning draws random numbers: for the workers, and for the
+        order that a loader of the user's own has. A resumed epoch is begun with the random state
+        that it began with, and goes on with the one that the checkpoint kept."""
         kept, self.resumed = self.resumed, None
-        if kept and kept.state.epoch_began:
-            checkpoint.set_random_state(kept.state.epoch_began)
-        if self.loader.order is None:
-            self.epoch_began = checkpoint.random_state()
-        steps = self.loader.epoch(epoch, skip=self.position.rows)
         if kept:
-            checkpoint.set_random_state(kept.state.random_state)
+            checkpoint.set_random_state(kept.state.epoch_began or kept.state.random_state)
         self._begin_step()
+        self.epoch_began = self.step_began
+        steps = self.loader.epoch(epoch, skip=self.position.rows)
+        if self.position.rows:
+            if kept:
+                checkpoint.set_random_state(kept.state.random_state)
+            self._begin_step()
         return steps
 
     def _begin_step(self) -> None:
@@ -212,7 +214,7 @@ class Session:
 
     def _state(self) -> RunState:
         return RunState(
-            epoch_began=self.epoch_began,
+            epoch_began=self.epoch_began if self.position.rows else None,
             arguments=self.arguments.to_sanitized_dict(),
             position=self.position,
             optimizer=self.engine.updater.state_dict(),

@@ -111,16 +111,12 @@ class Order:
         return rows
 
 
-class SeededLoader(DataLoader[Any]):
-    """torch's DataLoader whose workers' random states follow from seed and epoch; iterating it
-    draws nothing from the process's. Make it with `make_loader`."""
-
-    seed = 0
+class EpochLoader(DataLoader[Any]):
+    """torch's DataLoader that knows epochs. Each iteration draws one number from the process's
+    random state, for its workers: as in transformers, so that dropout meets the same numbers."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin at `epoch`: the sampler, a stream that has epochs, the workers' seeds."""
-        assert isinstance(self.generator, torch.Generator)
-        self.generator.manual_seed(self.seed + epoch)
+        """Begin at `epoch`: the sampler, and a stream that has epochs."""
         for part in (self.sampler, self.dataset):
             if isinstance(part, _KnowsEpochs):
                 part.set_epoch(epoch)
@@ -135,15 +131,15 @@ def make_loader(
     drop_last: bool = False,
     workers: Workers | None = None,
     seed: int = 0,
-) -> SeededLoader:
+) -> EpochLoader:
     """A loader of batches of `size` rows.
 
     Args:
         sampler: Row numbers in order; not looked at for a stream.
-        seed: Of the workers, and of the order where `sampler` is torch's own RandomSampler.
+        seed: Of the order where `sampler` is torch's own RandomSampler.
     """
     workers = workers or Workers()
-    made = SeededLoader(
+    return EpochLoader(
         dataset,
         batch_size=size,
         sampler=None if is_stream(dataset) else seeded(sampler, seed=seed),
@@ -153,10 +149,7 @@ def make_loader(
         pin_memory=workers.pin_memory,
         prefetch_factor=workers.prefetch_factor,
         persistent_workers=workers.persistent,
-        generator=torch.Generator().manual_seed(seed),
     )
-    made.seed = seed
-    return made
 
 
 def seeded(sampler: Any, *, seed: int) -> Any:

@@ -40,7 +40,7 @@ class Position:
 class RunState:
     """Everything but the weights. Optimiser, schedule and scaler as their `state_dict`s;
     `sums` are the trainer's running numbers, `random_state` what `random_state()` returned, and
-    `epoch_began` the same at the epoch's beginning, None where its rows are found without reading.
+    `epoch_began` the same at the epoch's beginning, None where `position` is that beginning.
     `arguments` are the training arguments by name."""
 
     position: Position
