@@ -22,7 +22,7 @@ from lorafit.model import adapters, base
 from lorafit.model.card import model_card
 from lorafit.run import store
 from lorafit.run.accelerator import Accelerator
-from lorafit.run.callbacks import Callbacks, set_verbosity
+from lorafit.run.callbacks import Callbacks, set_verbosity, speed_metrics
 from lorafit.run.console import Console
 from lorafit.run.observers import Observers
 from lorafit.run.signals import Signals
@@ -83,6 +83,7 @@ class Face:
         self._console = Console(live=settings.disable_tqdm is not True)
         self.observers = Observers([self._console])
         self._signals, self._created_scheduler = Signals(), False
+        self._initial_num_input_tokens_seen = 0
         self._optimizer_notice = ""
         self._precision = precision.choose(settings, settings.device)
         self.accelerator = Accelerator(self._precision, seed=parts.order_seed(settings))
@@ -182,12 +183,20 @@ class Face:
 
     # ---- logs and files ------------------------------------------------------------------------
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:  # noqa: ARG002
-        """Append `logs` to `state.log_history` and tell callbacks."""
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Append `logs` to `state.log_history` and tell callbacks.
+
+        Args:
+            start_time: When the run began, for its tokens per second where tokens are counted.
+        """
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
         if self.settings.include_num_input_tokens_seen != "no":
-            logs["num_input_tokens_seen"] = self.state.num_input_tokens_seen
+            seen = self.state.num_input_tokens_seen
+            logs["num_input_tokens_seen"] = seen
+            if start_time is not None:
+                new = seen - self._initial_num_input_tokens_seen
+                logs |= speed_metrics("train", start_time, num_tokens=new)
         self.state.log_history.append({**logs, "step": self.state.global_step})
         self._callbacks.fire("on_log", logs=logs)
 

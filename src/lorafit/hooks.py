@@ -37,6 +37,9 @@ class Hooks(Face):
     """Whether an overridden `compute_loss` divides by `num_items_in_batch` itself; None: it does
     where it is told that number."""
 
+    model_preparation_time: float | None = None
+    """Seconds that an evaluation before any training took to find out the model's loss."""
+
     def _overrides(self) -> Overrides:
         """The methods that are not this class's own any more."""
         functions = ("compute_loss_func",) if self.compute_loss_func else ()
@@ -348,13 +351,20 @@ class Hooks(Face):
             self._signals.poll()
             self._callbacks.fire("on_prediction_step")
 
+        if self._objective_of is None:
+            began = time.time()
+            self._objective()
+            self.model_preparation_time = round(time.time() - began, 4)
         measured = self._measured(
             dataloader, loss_only=loss_only, ignore_keys=ignore_keys, keep=after_batch
         )
         if measured.loss is not None:
             name, occasion = metric_key_prefix, "asked"
             self.observers.tell(evaluated(measured, self.state, name=name, occasion=occasion))
-        metrics = parts.metrics_of(measured, gathered.metrics(), prefix=metric_key_prefix)
+        computed = gathered.metrics()
+        if self.model_preparation_time is not None:
+            computed["model_preparation_time"] = self.model_preparation_time
+        metrics = parts.metrics_of(measured, computed, prefix=metric_key_prefix)
         rows = loader.rows_of(dataloader)
         arrays = gathered.arrays("predictions"), gathered.arrays("label_ids")
         return EvalLoopOutput(*arrays, metrics, measured.examples if rows is None else rows)

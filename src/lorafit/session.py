@@ -231,7 +231,7 @@ class Session:
             ModelError: its weights do not fit the model.
         """
         state = kept.state
-        adapters.load_adapter_state(model, adapters.read_adapter_state(kept.folder))
+        adapters.restore(model, kept.folder)
         self.engine.updater.load_state_dict(state.optimizer)
         self.engine.schedule.load_state_dict(state.schedule)
         if state.scaler:

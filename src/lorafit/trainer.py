@@ -252,6 +252,7 @@ class Trainer(Hooks):
         )
         self._signals = run.signals
         resumed = self._resume(run, kept) if kept else []
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         self.observers.append(watching_gradients(self.observers, Reached(self.model)))
         run.notices = (
             *skipped,
@@ -314,7 +315,7 @@ class Trainer(Hooks):
         restored = ""
         if run.arguments.load_best_model_at_end and self.state.best_model_checkpoint:
             restored = str(self.state.best_model_checkpoint)
-            adapters.load_adapter_state(self.model, adapters.read_adapter_state(Path(restored)))
+            adapters.restore(self.model, Path(restored))
         self._callbacks.fire("on_train_end")
         stopped = run.position.step < run.plan.steps
         reason = "stopped" if stopped else "finished"

@@ -3,6 +3,7 @@
 import json
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -161,14 +162,48 @@ def test_transformers_loads_it_too(stories: str, tmp_path: Path) -> None:
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path)), logits(model))
 
 
-def test_an_adapter_of_another_name_lies_in_the_folder_itself(stories: str, tmp_path: Path) -> None:
+def test_an_adapter_of_another_name_lies_where_peft_has_it(stories: str, tmp_path: Path) -> None:
     model = get_peft_model(
         AutoModelForCausalLM.from_pretrained(stories),
         LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False),
         adapter_name="mine",
     ).eval()
     adapters.save_adapter(model, tmp_path)
-    assert torch.equal(logits(fresh_peft(stories, tmp_path)), logits(model))
+    assert torch.equal(logits(fresh_peft(stories, tmp_path / "mine")), logits(model))
+    assert torch.equal(logits(adapters.load_tuned(tmp_path, base=stories).model), logits(model))
+
+
+def test_several_adapters_are_saved_and_the_active_one_is_restored(
+    stories: str, tmp_path: Path
+) -> None:
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
+    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(stories), config).eval()
+    before = logits(model)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    model.set_adapter("other")
+    after = logits(model)
+    adapters.save_adapter(model, tmp_path)
+    assert torch.equal(logits(fresh_peft(stories, tmp_path)), before)
+    assert torch.equal(logits(fresh_peft(stories, tmp_path / "other")), after)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2 if parameter.requires_grad else 1)
+    assert not torch.equal(logits(model), after)
+    adapters.restore(model, tmp_path)
+    assert torch.equal(logits(model), after)
+
+
+def test_an_adapter_that_transformers_attached_is_restored(stories: str, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(stories).eval()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    trained = logits(model)
+    adapters.save_adapter(model, tmp_path)
+    assert torch.equal(logits(fresh_peft(stories, tmp_path)), trained)
+    with torch.no_grad():
+        next(p for p in model.parameters() if p.requires_grad).zero_()
+    assert not torch.equal(logits(model), trained)
+    adapters.restore(model, tmp_path)
+    assert torch.equal(logits(model), trained)
 
 
 def test_a_resized_vocabulary_travels_with_the_adapter(stories: str, tmp_path: Path) -> None:

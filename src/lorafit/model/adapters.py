@@ -128,7 +128,9 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     a resized embedding. Any other module gives trainable parameters and persistent buffers (running
     means and the like) by name. Tied tensors appear once.
     """
-    return _distinct(_peft_state(model) if is_adapted(model) else _plain_state(model))
+    if is_adapted(model):
+        return _distinct(_active_state(model))
+    return _distinct(_injected_state(model) if _is_injected(model) else _plain_state(model))
 
 
 def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -163,6 +165,16 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             target.copy_(tensors[name])
 
 
+def restore(model: nn.Module, folder: Path) -> None:
+    """Put back what `save_adapter` wrote of `model` into `folder`: its active adapter, or all.
+
+    Raises:
+        ModelError: it is not there, is damaged, or does not fit.
+    """
+    home = _home(folder, _active(model)) if is_adapted(model) else folder
+    load_adapter_state(model, read_adapter_state(home))
+
+
 def save_adapter(
     model: nn.Module,
     folder: Path,
@@ -173,8 +185,9 @@ def save_adapter(
 ) -> None:
     """Write what training made into `folder`; the caller makes that atomic.
 
-    A PEFT model: its active adapter in PEFT's format, which peft, transformers and vLLM load. A
-    transformers model: `save_pretrained`. Any other module: its state in `model.safetensors`.
+    A PEFT model: its adapters in PEFT's format and layout ("default" in `folder` itself, others in
+    folders of their names), which peft, transformers and vLLM load. A transformers model:
+    `save_pretrained`. Any other module: its state in `model.safetensors`.
 
     Args:
         tokenizer: Saved beside the weights, chat template included.
@@ -186,6 +199,8 @@ def save_adapter(
         _save_peft(model, folder)
     elif isinstance(model, PreTrainedModel):
         model.save_pretrained(folder)
+        if _is_injected(model):  # with what the user made trainable besides
+            _save_tensors(adapter_state(model), folder / ADAPTER)
     else:
         _save_tensors(_distinct(model.state_dict().items()), folder / WEIGHTS)
     if tokenizer is not None:
@@ -245,7 +260,8 @@ def load_tuned(folder: Path, *, base: str = "", dtype: str = "auto") -> Tuned:
     Raises:
         ModelError: `folder` holds no LoRA adapter, its base is not there, or the two do not fit.
     """
-    config, tensors = _read_config(folder), read_adapter_state(folder)
+    home = _found(folder)
+    config, tensors = _read_config(home), read_adapter_state(home)
     contract = read_contract(folder)
     base = base or _base_of(config, contract)
     model = _load_base(folder, base, revision=config.revision, dtype=dtype)
@@ -301,23 +317,37 @@ def _check_exist(model: nn.Module, wanted: Sequence[str]) -> None:
             )
 
 
-def _active(model: "PeftModel") -> tuple[str, Any]:
-    """The active adapter's name and configuration."""
-    name = str(model.active_adapter)
-    return name, model.peft_config[name]
+def _active(model: "PeftModel") -> str:
+    """The active adapter's name."""
+    return str(model.active_adapter)
 
 
-def _peft_state(model: "PeftModel") -> Iterator[tuple[str, Tensor]]:
+def _active_state(model: "PeftModel") -> Iterator[tuple[str, Tensor]]:
+    yield from _peft_state(model, _active(model))
+    yield from _trainable(model)
+
+
+def _is_injected(model: nn.Module) -> TypeGuard[PreTrainedModel]:
+    """Whether transformers put an adapter into its own model: `model.add_adapter(config)`."""
+    return isinstance(model, PreTrainedModel) and getattr(model, "_hf_peft_config_loaded", False)
+
+
+def _injected_state(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in model.get_adapter_state_dict().items():
+        yield f"base_model.model.{name}", tensor
+    yield from _trainable(model)
+
+
+def _peft_state(model: "PeftModel", name: str) -> Iterator[tuple[str, Tensor]]:
     from peft import get_peft_model_state_dict
 
-    name, config = _active(model)
+    config: Any = model.peft_config[name]
     kept = bool(config.modules_to_save)
     # Said outright, as "auto" would ask the Hub for the base's configuration.
     grown = not kept and bases.vocabulary_resized(model)
     yield from get_peft_model_state_dict(
         model, adapter_name=name, save_embedding_layers=grown
     ).items()
-    yield from _trainable(model)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -345,11 +375,31 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     save_file(whole, file, metadata={"format": "pt"})
 
 
+def _home(folder: Path, name: str) -> Path:
+    """Where PEFT's layout has the adapter of that name."""
+    return folder if name == "default" else folder / name
+
+
+def _found(folder: Path) -> Path:
+    """`folder`, or the one adapter in it where it has none itself."""
+    inside = sorted(file.parent for file in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    return inside[0] if len(inside) == 1 and not (folder / ADAPTER_CONFIG).exists() else folder
+
+
 def _save_peft(model: "PeftModel", folder: Path) -> None:
-    # Not peft's own save_pretrained: that leaves out parameters which the user made trainable, and
-    # puts an adapter of another name than "default" one folder deeper.
-    _save_tensors(adapter_state(model), folder / ADAPTER)
-    config = copy.copy(_active(model)[1])
+    # Not peft's own save_pretrained: that leaves out parameters which the user made trainable.
+    for name in model.peft_config:
+        state = (
+            adapter_state(model) if name == _active(model) else _distinct(_peft_state(model, name))
+        )
+        home = _home(folder, name)
+        home.mkdir(exist_ok=True)
+        _save_tensors(state, home / ADAPTER)
+        _save_config(model, name, home)
+
+
+def _save_config(model: "PeftModel", name: str, folder: Path) -> None:
+    config = copy.copy(model.peft_config[name])
     beneath = bases.unwrap(model)
     config.inference_mode = True
     config.base_model_name_or_path = (

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorafit.errors import UsageError
+from lorafit.errors import ConfigError
 from lorafit.run import store
 
 STATE, TENSORS = "run_state.json", "run_state.safetensors"
@@ -98,11 +98,11 @@ def load(folder: Path) -> RunState:
     """The state that `save` wrote.
 
     Raises:
-        UsageError: the folder is not a complete checkpoint of lorafit's.
+        ConfigError: the folder is not a complete checkpoint of lorafit's.
     """
     why = fault(folder)
     if why:
-        raise UsageError(
+        raise ConfigError(
             f"Can't find a valid checkpoint at {folder}: {why}.",
             why="A checkpoint that is not whole would resume another run than the one saved.",
             fix="Write --resume-from-checkpoint auto (resume_from_checkpoint='auto') for the "
@@ -136,7 +136,7 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
             to start afresh.
 
     Raises:
-        UsageError: True, and there is none; a path, and it is none.
+        ConfigError: True, and there is none; a path, and it is none.
     """
     if not wanted:
         return None, []
@@ -144,7 +144,7 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
         return Kept(Path(str(wanted)), load(Path(str(wanted)))), []
     found, skipped = store.newest(folder, fault=fault)
     if found is None and wanted is True:
-        raise UsageError(
+        raise ConfigError(
             "\n".join([f"No valid checkpoint found in output directory ({folder}).", *skipped]),
             fix="resume_from_checkpoint='auto' starts afresh where there is none.",
         )
