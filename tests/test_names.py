@@ -5,8 +5,9 @@ from dataclasses import MISSING, fields
 import pytest
 import transformers
 
+import lorafit
 from lorafit.arguments import TrainingArguments
-from lorafit.names import ALIASES, DIFFERENT, NO_OPS, OLD_VALUES, REFUSED
+from lorafit.names import ALIASES, DIFFERENT, NO_OPS, OLD_VALUES, REFUSED, UNCALLED
 
 FIELDS = {field.name: field for field in fields(transformers.TrainingArguments)}
 TABLES = (TrainingArguments.knobs, ALIASES, NO_OPS, REFUSED)
@@ -63,3 +64,9 @@ def test_every_refusal_says_why_and_what_instead() -> None:
     for name, entry in REFUSED.items():
         assert entry.why.endswith("."), name
         assert entry.instead.rstrip(")").endswith("."), name
+
+
+@counted
+def test_methods_without_a_counterpart_are_all_known() -> None:
+    theirs = {name for name in dir(transformers.Trainer) if not name.startswith("__")}
+    assert theirs - set(dir(lorafit.Trainer)) == UNCALLED

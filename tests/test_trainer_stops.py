@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils.data import DataLoader
 
-from lorafit.errors import TrainingInterrupted, UsageError
+from lorafit.errors import NonFiniteError, TrainingInterrupted, UsageError
 from lorafit.events import Notice, RunEnded
 from lorafit.run import checkpoint, store
 from tests.tiny import adapter, events_of, llama, make, plain, same
@@ -338,3 +339,72 @@ def test_rotation_deletes_by_age(tmp_path: Path) -> None:
     make(tmp_path, num_train_epochs=2, save_strategy="epoch").train()
     make(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1).train()
     assert [step for step, _ in store.checkpoints(tmp_path)] == [3]
+
+
+# ---- resuming what is not quite the same
+
+
+def test_another_batch_size_goes_on_with_the_same_curve(tmp_path: Path) -> None:
+    """Four rows a step either way: the order, the schedule and the losses stay."""
+    whole = make(tmp_path, **(RUN | {"save_strategy": "steps", "save_steps": 2}))
+    whole.train()
+    split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    resumed = make(tmp_path, **(RUN | split))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+    kept = [(e["step"], pytest.approx(e["loss"], rel=1e-5)) for e in log(whole) if "loss" in e]
+    assert [(e["step"], e["loss"]) for e in log(resumed) if "loss" in e] == kept
+
+
+def test_arguments_that_changed_are_named(tmp_path: Path) -> None:
+    run(tmp_path, save_strategy="steps", save_steps=6)
+    trainer = make(tmp_path, model=llama(dropout=0.3), **(RUN | {"learning_rate": 5e-3, "seed": 4}))
+    with events_of(trainer) as told:
+        trainer.train(resume_from_checkpoint=True)
+    said = [event.text for event in told if isinstance(event, Notice)]
+    (line,) = [text for text in said if "differ" in text]
+    assert "learning_rate=0.005 (was 0.01)" in line and "seed=4 (was 3)" in line
+    assert "output_dir" not in line and "warmup" not in line
+
+
+def test_a_shuffled_loader_of_the_users_own_resumes(tmp_path: Path) -> None:
+    """Its order comes from the process's random state, which the checkpoint has kept."""
+
+    def trainer(name: str, **given: Any) -> Any:
+        made = make(tmp_path / name, model=llama(dropout=0.3), **(RUN | given))
+        rows: Any = plain(13)
+        made.get_train_dataloader = lambda: DataLoader(
+            rows, batch_size=2, shuffle=True, collate_fn=made.data_collator
+        )
+        return made
+
+    whole = trainer("whole")
+    whole.train()
+    with pytest.raises(KeyboardInterrupt):
+        trainer("part", callbacks=[Send(signal.SIGINT, at=6)]).train()
+    resumed = trainer("part")
+    resumed.train(resume_from_checkpoint="auto")
+    assert_same(whole, resumed)
+
+
+def test_a_checkpoints_callback_that_is_gone_is_named(tmp_path: Path) -> None:
+    stopping = transformers.EarlyStoppingCallback(3)
+    best = {"eval_strategy": "epoch", "metric_for_best_model": "loss", "eval_dataset": HELD}
+    run(tmp_path, save_strategy="epoch", callbacks=[stopping], **best)
+    trainer = make(tmp_path, model=llama(dropout=0.3), **(RUN | {"num_train_epochs": 4}))
+    with events_of(trainer) as told:
+        trainer.train(resume_from_checkpoint=True)
+    said = [event.text for event in told if isinstance(event, Notice)]
+    assert "the checkpoint's EarlyStoppingCallback is not here any more: left out" in said
+
+
+def test_an_interrupt_that_finds_too_many_bad_steps_ends_as_they_do(tmp_path: Path) -> None:
+    class Poison(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, model: Any, **__: Any) -> None:
+            if state.global_step == 1:
+                next(p for p in model.parameters() if p.requires_grad).data.fill_(torch.nan)
+
+    callbacks = [Poison(), Send(signal.SIGINT, at=5)]
+    trainer = make(tmp_path, callbacks=callbacks, **(RUN | {"logging_steps": 100}))
+    with events_of(trainer) as told, pytest.raises(NonFiniteError):
+        trainer.train()
+    assert isinstance(told[-1], RunEnded) and told[-1].reason == "non-finite"

@@ -11,6 +11,13 @@ if TYPE_CHECKING:
     from lorafit.arguments import DataArguments, ModelArguments, TrainingArguments
     from lorafit.data.collate import DataCollatorForLanguageModeling
     from lorafit.errors import LorafitError, TrainingInterrupted, UsageError
+    from lorafit.run.callbacks import (
+        EarlyStoppingCallback,
+        EvalPrediction,
+        TrainerCallback,
+        TrainerControl,
+        TrainerState,
+    )
     from lorafit.trainer import Trainer
 
     __version__: str
@@ -18,9 +25,14 @@ if TYPE_CHECKING:
 _HOMES = {
     "DataArguments": "lorafit.arguments",
     "DataCollatorForLanguageModeling": "lorafit.data.collate",
+    "EarlyStoppingCallback": "lorafit.run.callbacks",
+    "EvalPrediction": "lorafit.run.callbacks",
     "LorafitError": "lorafit.errors",
     "ModelArguments": "lorafit.arguments",
     "Trainer": "lorafit.trainer",
+    "TrainerCallback": "lorafit.run.callbacks",
+    "TrainerControl": "lorafit.run.callbacks",
+    "TrainerState": "lorafit.run.callbacks",
     "TrainingArguments": "lorafit.arguments",
     "TrainingInterrupted": "lorafit.errors",
     "UsageError": "lorafit.errors",
@@ -29,9 +41,14 @@ _HOMES = {
 __all__ = [
     "DataArguments",
     "DataCollatorForLanguageModeling",
+    "EarlyStoppingCallback",
+    "EvalPrediction",
     "LorafitError",
     "ModelArguments",
     "Trainer",
+    "TrainerCallback",
+    "TrainerControl",
+    "TrainerState",
     "TrainingArguments",
     "TrainingInterrupted",
     "UsageError",

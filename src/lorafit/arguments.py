@@ -12,6 +12,7 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -111,6 +112,12 @@ class DataArguments(Panel):
     def check(self) -> list[str]:
         """Every complaint about the values, one line each; empty if they can be run."""
         return [*_missing("data", self.data), *super().check()]
+
+
+class ParallelMode(Enum):
+    """transformers' name for how processes divide the work; here there is one process."""
+
+    NOT_PARALLEL = "not_parallel"
 
 
 @panel
@@ -385,6 +392,11 @@ class TrainingArguments(Panel):
     def should_log(self) -> bool:
         """Whether this process logs."""
         return self.process_index == 0
+
+    @property
+    def parallel_mode(self) -> ParallelMode:
+        """transformers' name for how processes divide the work."""
+        return ParallelMode.NOT_PARALLEL
 
     def get_process_log_level(self) -> int:
         """`log_level` as Python's logging counts it; passive is a warning's."""

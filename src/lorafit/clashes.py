@@ -11,7 +11,8 @@ from typing import Any
 
 def clashes(values: Mapping[str, Any]) -> list[str]:
     """A line for each rule that the training values break; empty if they can be run."""
-    best = clashes_of_best(values) if values["load_best_model_at_end"] else []
+    keeps_best = values["load_best_model_at_end"] or values["save_strategy"] == "best"
+    best = clashes_of_best(values) if keeps_best else []
     return [*_general(values), *_of_steps(values), *best]
 
 
@@ -50,7 +51,8 @@ def clashes_of_best(values: Mapping[str, Any]) -> list[str]:
     evaluate, save = values["eval_strategy"], values["save_strategy"]
     rule = "load_best_model_at_end needs"
     if evaluate == "no":
-        return [f"{rule} evaluations: set eval_strategy and save_strategy alike."]
+        wants = "save_strategy='best' needs" if save == "best" else rule
+        return [f"{wants} evaluations: set eval_strategy to 'epoch' or 'steps'."]
     if save not in (evaluate, "best"):
         return [f"{rule} eval_strategy={evaluate!r} and save_strategy={save!r} to be the same."]
     if save == "steps" and not _multiple(values["save_steps"], values["eval_steps"]):

@@ -26,6 +26,7 @@ from lorafit.run.callbacks import Callbacks, set_verbosity, speed_metrics
 from lorafit.run.console import Console
 from lorafit.run.observers import Observers
 from lorafit.run.signals import Signals
+from lorafit.session import Session
 
 
 class Face:
@@ -34,6 +35,10 @@ class Face:
     is_model_parallel = is_deepspeed_enabled = is_fsdp_enabled = False
     place_model_on_device = True
     deepspeed = hp_search_backend = None
+    is_in_train = _created_scheduler = False
+    _optimizer_notice, _initial_num_input_tokens_seen = "", 0
+    _running: Session | None = None
+    _objective_of: tuple[nn.Module, Objective] | None = None
 
     def __init__(
         self,
@@ -75,19 +80,16 @@ class Face:
         self.optimizer: Any = optimizers[0]
         self.lr_scheduler: Any = optimizers[1]
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        self.model_accepts_loss_kwargs = base.accepts_count(self.model)
         self.label_names = list(base.label_names(self.model, settings.label_names))
-        self.is_in_train = False
         self.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
         self.contract: dict[str, Any] = {}
         self.resume_command = "trainer.train(resume_from_checkpoint=True)"
         self._console = Console(live=settings.disable_tqdm is not True)
         self.observers = Observers([self._console])
-        self._signals, self._created_scheduler = Signals(), False
-        self._initial_num_input_tokens_seen = 0
-        self._optimizer_notice = ""
+        self._signals = Signals()
         self._precision = precision.choose(settings, settings.device)
         self.accelerator = Accelerator(self._precision, seed=parts.order_seed(settings))
-        self._objective_of: tuple[nn.Module, Objective] | None = None
         self._eval_loaders: dict[str, Any] = {}
         self._callbacks = Callbacks(
             self._callback_arguments(),
@@ -168,6 +170,9 @@ class Face:
 
     is_local_process_zero = is_world_process_zero
 
+    def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002
+        return str(self.settings.output_dir)
+
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from `model_init`, which may take the trial: None here."""
         assert self.model_init is not None
@@ -220,6 +225,14 @@ class Face:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (the whole model without one), tokenizer, card, contract, arguments."""
+        self._save(output_dir)
+        if not _internal_call:
+            folder = Path(output_dir or self.settings.output_dir)
+            size = store.bytes_of(folder)
+            self.observers.tell(Saved(str(folder), self.state.global_step, size))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
+        # By the name and parameters that subclasses know.
         folder = store.make_folder(Path(output_dir or self.settings.output_dir))
         contract = self._contract()
         adapters.save_adapter(
@@ -230,9 +243,6 @@ class Face:
             card=model_card(contract),
         )
         store.write_json(folder / "training_args.json", self.settings.to_sanitized_dict())
-        if not _internal_call:
-            size = store.bytes_of(folder)
-            self.observers.tell(Saved(str(folder), self.state.global_step, size))
 
     def _contract(self) -> dict[str, Any]:
         metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}

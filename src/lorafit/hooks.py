@@ -25,6 +25,7 @@ from lorafit.engine.objective import Objective
 from lorafit.errors import ConfigError
 from lorafit.face import Face
 from lorafit.model import adapters, base
+from lorafit.names import UNCALLED
 from lorafit.parts import Overrides
 from lorafit.run.callbacks import EvalLoopOutput, PredictionOutput
 from lorafit.run.observers import evaluated
@@ -47,9 +48,10 @@ class Hooks(Face):
         replaced = (
             name
             for name, value in own.items()
-            if name != "__init__" and (name in vars(self) or getattr(type(self), name) is not value)
+            if name in vars(self) or getattr(type(self), name) is not value
         )
-        return Overrides(frozenset([*replaced, *functions]))
+        idle = UNCALLED & {*dir(type(self)), *vars(self)}
+        return Overrides(frozenset([*replaced, *functions]), idle)
 
     # ---- data ----------------------------------------------------------------------------------
 
@@ -168,7 +170,7 @@ class Hooks(Face):
 
     def _counts(self) -> bool:
         """Whether losses are told the step's supervised tokens: the rule of transformers."""
-        return bool(self.compute_loss_func) or base.accepts_count(self.model)
+        return bool(self.compute_loss_func) or self.model_accepts_loss_kwargs
 
     def _divides(self) -> bool:
         """Whether a loss that is told them comes divided by them."""
@@ -297,12 +299,9 @@ class Hooks(Face):
         output = self.evaluation_loop(
             batches, "Evaluation", loss_only, ignore_keys, metric_key_prefix
         )
-        if not output.metrics:
-            raise ConfigError(
-                f"The evaluation set has no {' or '.join(self.label_names) or 'loss'}: nothing can "
-                "be measured on it.",
-                fix="Give its rows labels, or call trainer.predict(...) for predictions alone.",
-            )
+        if not {*(output.metrics or {})} - {f"{metric_key_prefix}_model_preparation_time"}:
+            names = " or ".join(self.label_names) or "loss"
+            self.observers.say(f"the evaluation set has no {names}: nothing is measured but speed")
         metrics = self._with_speed(output, metric_key_prefix, began=began)
         self.log(metrics)
         self._callbacks.fire("on_evaluate", metrics=metrics)

@@ -7,7 +7,7 @@ things happen.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,22 +146,40 @@ def eval_sampler(dataset: Any) -> Sequence[int] | None:
 @dataclass(frozen=True)
 class Overrides:
     """What of the Trainer's methods a subclass, or an assignment to an instance, has replaced;
-    `compute_loss_func` counts as one."""
+    `compute_loss_func` counts as one. `idle`: methods of transformers' Trainer that they have made
+    and nothing calls here."""
 
     names: frozenset[str]
+    idle: frozenset[str] = frozenset()
 
     def any_of(self, *names: str) -> bool:
         """Whether one of them is replaced."""
         return not self.names.isdisjoint(names)
 
     @property
-    def notice(self) -> str:
-        """One line where micro-batches must be run as the collator made them; else empty."""
+    def notices(self) -> list[str]:
+        """A line where micro-batches must be run as the collator made them, and one where what was
+        written is never called."""
         step = self.names & {"compute_loss", "compute_loss_func", "training_step"}
         data = self.names & {"get_train_dataloader", "_get_train_sampler"}
-        if not step | data:
-            return ""
-        return f"micro-batches are run as given: {', '.join(sorted(step | data))} is yours"
+        given = f"micro-batches are run as given: {_listed(step | data)} is yours"
+        idle = f"never called here, though transformers' Trainer does: {_listed(self.idle)}"
+        return [given] * bool(step | data) + [idle] * bool(self.idle)
+
+    @property
+    def of_evaluation(self) -> frozenset[str]:
+        """Those that an evaluation would run."""
+        return self.names & _EVALUATING
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+_EVALUATING = {
+    *("compute_loss", "compute_loss_func", "prediction_step", "evaluation_loop", "evaluate"),
+    *("get_eval_dataloader", "get_test_dataloader", "_get_eval_sampler", "_prepare_inputs"),
+}
 
 
 def objective(
@@ -280,13 +298,16 @@ def engine(
     )
 
 
-def readings(plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: Any) -> Readings:
+def readings(
+    plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: Any, overrides: Overrides
+) -> Readings:
     """The automatic readings of a script that passes an evaluation set alone. None for streams,
-    for named sets, and where `eval_strategy` was written out."""
+    for named sets, where `eval_strategy` was written out, and where a reading would run what the
+    user has written for evaluations that were not asked for."""
     written = arguments.was_set("eval_strategy") or arguments.eval_strategy != "no"
     asked = written or isinstance(held_out, dict)
     size = loader.length_of(held_out)
-    if asked or not size or plan.steps_per_epoch is None:
+    if asked or overrides.of_evaluation or not size or plan.steps_per_epoch is None:
         return Readings(frozenset(), 0)
     processed = round((loader.length_of(train) or 0) * plan.steps / plan.steps_per_epoch)
     return plan_readings(

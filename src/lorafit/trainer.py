@@ -6,12 +6,12 @@ call and override is `Face`'s. The loop is `_epoch`.
 """
 
 import signal
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
@@ -89,12 +89,13 @@ class Trainer(Hooks):
             compat.set_seed(arguments.seed, deterministic=arguments.full_determinism)
             self.model = base.place(self.call_model_init(), arguments.device)
             self.optimizer = self.lr_scheduler = None
-        run = self._begin(kept, skipped)
+        run = self._running = self._begin(kept, skipped)
         run.ignore_keys = ignore_keys_for_eval
         with (
             closing(run.engine.updater),
             self.observers.writing(Journal(output, resumed_at=run.position.step if kept else None)),
             listening(run.signals),
+            self._telling_of_skips(run),
             base.without_cache(self.model),
             noisy_embeddings(self.model, arguments.neftune_noise_alpha),
         ):
@@ -119,12 +120,8 @@ class Trainer(Hooks):
             self.observers.tell(*run.progress.read())
         except Asked as asked:
             self._interrupted(run, asked)
-        except TooManySkipped as too_many:
-            self.observers.tell(*too_many.events)
-            self.observers.tell(run.ended_event("non-finite"))
-            raise
         finally:
-            self._signals, self.is_in_train = Signals(), False
+            self._signals, self._running, self.is_in_train = Signals(), None, False
         return self._finish(run)
 
     def _epoch(self, run: Session, epoch: int) -> None:
@@ -165,7 +162,7 @@ class Trainer(Hooks):
         if self.control.should_evaluate:
             self._evaluate_in_run(run)
         if self.control.should_save:
-            self._save_checkpoint(run, whole=not run.arguments.save_only_model)
+            self._save_checkpoint(self.model, None)
             self._callbacks.fire("on_save")
 
     def _log_window(self, run: Session) -> None:
@@ -245,9 +242,13 @@ class Trainer(Hooks):
             engine=engine,
             loader=steps,
             layout=lambda batches: as_given(batches, shifted=objective.shifted),
-            progress=Progress(limit=arguments.max_nonfinite_steps),
+            progress=Progress(limit=arguments.max_nonfinite_steps + self._precision.settling),
             readings=parts.readings(
-                plan, arguments, train=self.train_dataset, held_out=self.eval_dataset
+                plan,
+                arguments,
+                train=self.train_dataset,
+                held_out=self.eval_dataset,
+                overrides=overrides,
             ),
         )
         self._signals = run.signals
@@ -260,7 +261,7 @@ class Trainer(Hooks):
             *arguments.notices,
             self._precision.notice,
             self._optimizer_notice,
-            overrides.notice,
+            *overrides.notices,
             run.readings.notice,
         )
         return run
@@ -279,14 +280,20 @@ class Trainer(Hooks):
         given = {"num_items_in_batch": whole.supervised or None} if told else {}
         return self.training_step(self.model, batch.inputs, **given).detach()
 
-    def _save_checkpoint(self, run: Session, *, whole: bool) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
+        # By the name and parameters that subclasses know, who save more beside it.
+        assert self._running is not None
+        self._keep(self._running, whole=not self._running.arguments.save_only_model)
+
+    def _keep(self, run: Session, *, whole: bool) -> None:
         folder = Path(run.arguments.output_dir) / f"checkpoint-{run.position.step}"
         if self.state.best_global_step == run.position.step:
             self.state.best_model_checkpoint = str(folder)
 
         def write_files(partial: Path) -> None:
             self.save_model(str(partial), _internal_call=True)
-            if self._overrides().any_of("save_model"):  # resuming needs ours, whatever that wrote
+            if self._overrides().any_of("save_model", "_save"):
+                # resuming needs ours, whatever that wrote
                 adapters.save_adapter(self.model, partial)
             self._callbacks.keep_state(partial / "trainer_state.json")
 
@@ -297,12 +304,21 @@ class Trainer(Hooks):
             kept = {Path(best)} if best else set[Path]()
             store.rotate(folder.parent, keep=run.arguments.save_total_limit, protected=kept)
 
+    @contextmanager
+    def _telling_of_skips(self, run: Session) -> Generator[None]:
+        """Wherever numbers are read: where too many steps were not finite, the run ends so."""
+        try:
+            yield
+        except TooManySkipped as too_many:
+            self.observers.tell(*too_many.events, run.ended_event("non-finite"))
+            raise
+
     def _interrupted(self, run: Session, asked: Asked) -> None:
         """Save at the last finished step, say how to resume, and raise."""
         run.abandon_step()
         self.observers.tell(*run.progress.read())
         if run.saved_at != run.position.step:
-            self._save_checkpoint(run, whole=True)
+            self._keep(run, whole=True)
         message = run.farewell(str(asked), resume=f"Resume: {self.resume_command}")
         self.observers.tell(run.ended_event("interrupted"))
         if asked.number == signal.SIGINT:

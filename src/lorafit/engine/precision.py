@@ -28,6 +28,12 @@ class Precision:
         """The context of every forward, in training and in evaluation alike."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
 
+    @property
+    def settling(self) -> int:
+        """Steps in a row that float16 may lose while the scaler finds its scale: 16 halvings lead
+        from the 65,536 it begins with to 1."""
+        return 16 if self.scaler.is_enabled() else 0
+
     def __str__(self) -> str:
         names = {None: "fp32", torch.bfloat16: "bf16 products", torch.float16: "fp16 products"}
         return names[self.dtype]

@@ -395,10 +395,10 @@ def _save_peft(model: "PeftModel", folder: Path) -> None:
         home = _home(folder, name)
         home.mkdir(exist_ok=True)
         _save_tensors(state, home / ADAPTER)
-        _save_config(model, name, home)
+        _save_config(model, name, folder=home)
 
 
-def _save_config(model: "PeftModel", name: str, folder: Path) -> None:
+def _save_config(model: "PeftModel", name: str, *, folder: Path) -> None:
     config = copy.copy(model.peft_config[name])
     beneath = bases.unwrap(model)
     config.inference_mode = True
