@@ -12,6 +12,7 @@ from typing import Any
 from lorafit.arguments import ONCE, PANELS, PYTHON_ONLY, TrainingArguments
 from lorafit.names import ALIASES, DIFFERENT, NO_OPS, OLD_VALUES, REFUSED
 from lorafit.panel import Knob, spoken
+from tests.drop_in_table import ARGUMENTS, HABITS, TRAINER
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -37,7 +38,7 @@ def arguments_page() -> str:
 
 
 def compat_page() -> str:
-    """docs/compat.md: what becomes of every name of transformers' TrainingArguments."""
+    """docs/compat.md: what becomes of transformers' Trainer and of every training argument."""
     import transformers
 
     current = [field.name for field in fields(transformers.TrainingArguments)]
@@ -48,12 +49,20 @@ def compat_page() -> str:
               for (name, old), new in OLD_VALUES.items())  # fmt: skip
     return "\n\n".join(
         [
-            "# transformers' TrainingArguments in lorafit",
-            "Made from `src/lorafit/names.py` by `python -m tests.pages`; do not edit.",
-            "*same*: name, meaning and default are transformers'. *alias*: taken as another name. "
-            "*different*: honoured, but not quite as there. *no effect*: accepted, and one line "
+            "# transformers' Trainer in lorafit",
+            "Made from `src/lorafit/names.py` and `tests/drop_in_table.py` by `python -m "
+            "tests.pages`; do not edit. Scripts of every kind run under both in "
+            "`tests/parity/scripts`, and what they leave is compared.",
+            "*same*: name, meaning and default are transformers'. *better*, *different*: honoured, "
+            "but not as there. *alias*: taken as another name. *no effect*: accepted, and one line "
             "says why nothing is lost. *refused*: an error with the reason, unless the value asks "
-            "for nothing (`push_to_hub=False`).",
+            "for nothing (`push_to_hub=False`). *absent*: there is no such name.",
+            "## The Trainer",
+            table(head, TRAINER),
+            "## What scripts rely on",
+            table(head, HABITS),
+            "## Methods of TrainingArguments",
+            table(head, ARGUMENTS),
             f"## The {len(current)} fields of transformers 5.23",
             table(head, map(_name_row, current)),
             "## Names that transformers dropped since 4.40, and Seq2SeqTrainingArguments' own",

@@ -3,7 +3,8 @@
 import copy
 import json
 import random
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ import torch
 import transformers
 from transformers.trainer_utils import IntervalStrategy
 
+import lorafit
 from lorafit import compat
 from lorafit.arguments import SCHEDULES, TrainingArguments
 from lorafit.errors import ConfigError
-from tests import pages
+from tests import drop_in_table, pages
 
 
 def theirs(**given: Any) -> transformers.TrainingArguments:
@@ -137,6 +139,33 @@ def test_seed_and_adafactor() -> None:
         draws.append((random.random(), np.random.rand(), torch.rand(1).item()))
     assert draws[0] == draws[1]
     assert compat.adafactor_class() is transformers.Adafactor
+
+
+VERDICTS = {"same", "better", "different", "refused", "absent"}
+
+
+@pytest.mark.skipif(
+    not transformers.__version__.startswith("5.23."),
+    reason=f"the page lists transformers 5.23, not {transformers.__version__}",
+)
+@pytest.mark.parametrize(
+    ("rows", "kind", "ours"),
+    [
+        (drop_in_table.TRAINER, transformers.Trainer, lorafit.Trainer),
+        (drop_in_table.ARGUMENTS, transformers.TrainingArguments, TrainingArguments),
+    ],
+    ids=["Trainer", "TrainingArguments"],
+)
+def test_every_method_stands_in_the_table_once(rows: Any, kind: type, ours: type) -> None:
+    listed = [name for names, _, _ in rows for name in re.findall(r"`(\w+)`", names)]
+    knobs = {field.name for field in fields(kind)} if kind is not transformers.Trainer else set()
+    public = {name for name in dir(kind) if not name.startswith("_")} - knobs
+    assert {name for name in listed if not name.startswith("_")} == public
+    assert len(listed) == len(set(listed))
+    for names, verdict, how in rows:
+        for name in re.findall(r"`(\w+)`", names):
+            assert hasattr(ours, name) == (verdict != "absent") or name == "init_hf_repo", name
+        assert verdict in VERDICTS and (how or verdict == "same"), names
 
 
 def test_the_page_is_what_the_tables_say() -> None:

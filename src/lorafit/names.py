@@ -294,9 +294,10 @@ DIFFERENT: Final[Mapping[str, str]] = MappingProxyType(
         "run needs no saved state; 'batch_rebalance' is not offered",
         "lr_scheduler_type": "'greedy' is not offered",
         "neftune_noise_alpha": "scaled by each document's own length, not by its batch's padding",
-        "label_smoothing_factor": "of the training loss; evaluation is the plain loss. Refused "
-        "where the module computes its own loss",
-        "include_num_input_tokens_seen": "padding is never counted",
+        "label_smoothing_factor": "of the training loss; evaluation is the plain loss",
+        "dataloader_drop_last": "of training alone: evaluation reads every row",
+        "save_only_model": "a run that is interrupted saves all that resuming needs",
+        "gradient_checkpointing": "re-entrant only where gradient_checkpointing_kwargs asks for it",
         "max_grad_norm": "a gradient that is not finite is not clipped but not applied at all",
     }
 )
