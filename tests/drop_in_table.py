@@ -15,11 +15,13 @@ TRAINER = (
     ("`compute_loss`", "same", "an override gets `num_items_in_batch` where it takes it; one that "
      "was written before there was such a parameter works too (a TypeError there)"),
     ("`training_step` `compute_loss_context_manager` `autocast_smart_context_manager`", "same",
-     "used where they are overridden, or called by you; else the engine does the same"),
+     "used where they or `_prepare_inputs` are overridden, or called by you; else the engine does "
+     "the same"),
     ("`loss_is_scaled_for_ga`", "same", ""),
     ("`get_train_dataloader` `get_eval_dataloader` `get_test_dataloader` `num_examples`", "same",
      "torch's DataLoader; your own may be anything that gives batches each time it is iterated. A "
-     "plain one that shuffles gets the run's order only through `accelerator.prepare`, as there"),
+     "plain one that shuffles gets the run's order through `accelerator.prepare`, as there; one "
+     "with a batch sampler of its own keeps it"),
     ("`create_optimizer` `create_scheduler` `create_optimizer_and_scheduler`", "same", ""),
     ("`get_optimizer_cls_and_kwargs` `get_decay_parameter_names` `get_learning_rates` "
      "`get_num_trainable_parameters` `get_optimizer_group`", "same", ""),
@@ -71,7 +73,10 @@ HABITS = (
     ("`state.log_history` and `trainer_state.json`", "same", "the same keys at the same steps"),
     ("`checkpoint-N`", "better", "whole or not there: written beside, checked, renamed. Inside are "
      "other files: safetensors and JSON, no pickle is read or written"),
-    ("`save_total_limit`", "same", "the best and the last are never deleted"),
+    ("`save_total_limit`", "different", "the best and the last are never deleted: with a limit of "
+     "1, a best that is not the last leaves two (there: the last goes at the end)"),
+    ("`save_model` overridden", "different", "in a checkpoint it sees the folder that is renamed "
+     "when it is whole; `_save(..., state_dict=...)` writes the model's own weights"),
     ("resuming", "better", "bit-identical on a CPU, dropout and data order included; a damaged "
      "checkpoint is skipped by name; arguments that changed are named"),
     ("resuming with another batch size", "better", "goes on at the same row with the new one "
@@ -89,7 +94,10 @@ HABITS = (
      "and terminal, within 5% of the run's cost; not where evaluation is overridden"),
     ("evaluation rows with labels all masked", "different", "weigh nothing (there: NaN)"),
     ("a stream that ends early", "same", "the run stops, and says where"),
-    ("dropout, noise, data order", "same", "from the same random numbers in the same order"),
+    ("dropout, noise, data order", "same", "from the same random numbers in the same order; not "
+     "where a collator draws some too, as accelerate reads one batch ahead"),
+    ("`bf16=True` and a loss of your own", "same", "the model's forward alone is cast; your code "
+     "sees float32"),
     ("`group_by_length`", "different", "another shuffle, which resuming can compute again"),
     ("several processes", "refused", "not in this version: WORLD_SIZE above 1 is an error"),
 )  # fmt: skip

@@ -7,11 +7,13 @@ import math
 import pickle
 import subprocess
 import sys
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from transformers import HfArgumentParser
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 
@@ -153,7 +155,8 @@ class TestWhatWasSet:
 class TestRealDataclass:
     def test_fields_replace_asdict_equality_copy_and_pickle(self) -> None:
         args = TrainingArguments("out", evaluation_strategy="no", learning_rate=1e-3)
-        assert [f.name for f in dataclasses.fields(args)] == list(TrainingArguments.knobs)
+        names = [f.name for f in dataclasses.fields(args)]
+        assert names == [*TrainingArguments.knobs, *NO_OPS, *REFUSED]
         assert TrainingArguments(**dataclasses.asdict(args)) == args
         for twin in (copy.deepcopy(args), copy.copy(args), pickle.loads(pickle.dumps(args))):
             assert twin == args
@@ -377,3 +380,40 @@ def test_every_knob_is_documented_valid_and_named_once() -> None:
 def test_the_page_is_what_the_panels_say() -> None:
     committed = (pages.DOCS / "arguments.md").read_text(encoding="utf-8")
     assert committed == pages.arguments_page(), "run `python -m tests.pages`"
+
+
+# ---- what reads or fills dataclass fields
+
+
+HARMLESS = """
+    --push_to_hub False --ddp_find_unused_parameters False --ddp_timeout 1800 --local_rank -1
+    --bf16_full_eval False --use_liger_kernel False --auto_find_batch_size False
+"""
+
+
+def test_parsers_of_transformers_take_what_asks_for_nothing() -> None:
+    parser = HfArgumentParser(TrainingArguments)  # type: ignore[arg-type]
+    (made,) = parser.parse_args_into_dataclasses(["--output_dir", "o", *HARMLESS.split()])
+    assert made.output_dir == "o" and made.push_to_hub is False
+    with pytest.raises(ConfigError, match="fsdp_config"):
+        parser.parse_args_into_dataclasses(["--output_dir", "o", "--fsdp_config", "x"])
+    (made,) = parser.parse_dict({"output_dir": "o", "deepspeed": None, "hub_model_id": None})
+    assert made.deepspeed is None
+
+
+def test_subclasses_that_are_dataclasses() -> None:
+    @dataclass
+    class Mine(TrainingArguments):
+        alpha: float = 0.5
+
+    made = Mine(output_dir="o", push_to_hub=False, alpha=0.1, learning_rate=1e-3)
+    assert (made.alpha, made.learning_rate, made.push_to_hub) == (0.1, 1e-3, False)
+    assert made.was_set("learning_rate") and not made.was_set("seed")
+    with pytest.raises(ConfigError, match="push_to_hub"):
+        Mine(output_dir="o", push_to_hub=True)
+
+
+def test_every_field_of_transformers_is_in_the_dict() -> None:
+    theirs = {each.name for each in fields(transformers.TrainingArguments)}
+    missing = theirs - set(TrainingArguments("o").to_dict())
+    assert missing <= {"activation_checkpointing", "activation_checkpointing_kwargs"}

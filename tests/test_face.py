@@ -43,8 +43,9 @@ def test_the_console_leaves_the_screen_to_another_progress_callback(
 
 def test_state_and_control_can_be_set(tmp_path: Path) -> None:
     trainer = make(tmp_path)
-    trainer.state, trainer.control = transformers.TrainerState(), transformers.TrainerControl()
-    assert trainer.state is trainer.state and trainer.control.should_save is False
+    state, control = transformers.TrainerState(), transformers.TrainerControl()
+    trainer.state, trainer.control = state, control
+    assert trainer.state is state and trainer.control is control
 
 
 def test_names_of_older_scripts(tmp_path: Path) -> None:

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lorafit
-from lorafit.errors import ModelError
+from lorafit.errors import ConfigError, ModelError
 from lorafit.events import Evaluated, Notice
 from tests.tiny import collate, events_of, llama, make, numbers, plain
 
@@ -224,3 +225,318 @@ def test_a_run_that_trains_nothing_is_stopped(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="No gradient has reached any of the"):
         make(tmp_path, kind=Cut).train()
+
+
+# ---- what callbacks and scripts change between and after steps
+
+
+class Edits(lorafit.TrainerCallback):
+    """Sets a trained tensor, and looks at gradients."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_train_begin(self, *_: Any, model: Any, **__: Any) -> None:
+        next(p for p in model.parameters() if p.requires_grad).data.fill_(0.5)
+
+    def on_pre_optimizer_step(self, *_: Any, model: Any, **__: Any) -> None:
+        self.seen.append(sum(p.grad is not None for p in model.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_callbacks_may_edit_weights_and_see_gradients(tmp_path: Path, dtype: Any) -> None:
+    edits, model = Edits(), llama(dtype=dtype)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    make(tmp_path, model=model, callbacks=[edits], learning_rate=1e-4).train()
+    assert edits.seen == [len(trained)] * 3
+    assert (trained[0] - 0.5).abs().max() < 0.01
+    assert all(p.grad is None for p in trained)
+
+
+def test_another_optimiser_of_its_kind_resumes(tmp_path: Path) -> None:
+    make(tmp_path, optim="adamw_torch", save_strategy="steps", save_steps=2).train()
+    trainer = make(tmp_path, optim="adamw_torch_fused")
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 3
+
+
+def test_weights_of_another_precision_resume(tmp_path: Path) -> None:
+    make(tmp_path, save_strategy="steps", save_steps=2).train()
+    trainer = make(tmp_path, model=llama(dtype=torch.bfloat16))
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 3
+
+
+def test_the_users_optimiser_is_left_able_to_step(tmp_path: Path) -> None:
+    model = llama()
+    given = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(given, lr=1e-2, fused=True)
+
+    class Poison(lorafit.TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+            if state.global_step == 2:
+                given[0].data[0, 0] = torch.nan
+
+    make(tmp_path, model=model, optimizers=(optimizer, None), callbacks=[Poison()]).train()
+    with torch.no_grad():
+        given[0][0, 0] = 0.0
+    before = given[1].detach().clone()
+    for parameter in given:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.param_groups[0]["lr"] = 1e-2
+    optimizer.step()
+    assert not torch.equal(given[1], before)
+
+
+def test_a_run_that_failed_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Fails(lorafit.TrainerCallback):
+        fails = True
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if self.fails:
+                raise MemoryError
+
+    failing = Fails()
+    trainer = make(tmp_path, model_init=llama, callbacks=[failing])
+    before = len(trainer.observers)
+    for _ in range(2):
+        with pytest.raises(MemoryError):
+            trainer.train()
+    failing.fails = False
+    trainer.train()
+    assert trainer.state.global_step == 3 and len(trainer.observers) == before
+
+
+class ScheduleFree(torch.optim.SGD):
+    """Writes down its modes, as schedule-free optimisers need them."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self.modes: list[str] = []
+
+    def train(self) -> None:
+        self.modes.append("train")
+
+    def eval(self) -> None:
+        self.modes.append("eval")
+
+
+def test_optimisers_with_modes_are_told_them(tmp_path: Path) -> None:
+    model = llama()
+    optimizer = ScheduleFree([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    given: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": plain(2)}
+    make(tmp_path, model=model, optimizers=(optimizer, None), **given).train()
+    assert optimizer.modes == ["train", "eval", "train"]
+
+
+def test_a_loss_of_ones_own_sees_float32_and_no_autocast(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Looking(lorafit.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *more: Any, **given: Any) -> Any:
+            outputs = model(**inputs)
+            seen.append((outputs.logits.dtype, torch.is_autocast_enabled("cpu")))
+            return (outputs.loss, outputs) if given.get("return_outputs") else outputs.loss
+
+    trainer = make(tmp_path, kind=Looking, bf16=True)
+    trainer.train()
+    assert set(seen) == {(torch.float32, False)}
+    assert trainer._precision.dtype in (torch.bfloat16, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"eval_strategy": "epoch"}, "there is no eval_dataset"),
+        ({"model_init": llama, "optimizers": (object(), None)}, "model_init makes a fresh model"),
+    ],
+)
+def test_what_cannot_go_together_is_said_at_once(
+    tmp_path: Path, given: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        make(tmp_path, **given)
+
+
+def test_keeping_a_step_needs_a_run(tmp_path: Path) -> None:
+    trainer = make(tmp_path)
+    with pytest.raises(ConfigError, match="no training is going on"):
+        trainer._save_checkpoint(trainer.model, None)
+
+
+def test_a_loader_copied_from_transformers(tmp_path: Path) -> None:
+    class Copied(lorafit.Trainer):
+        def get_train_dataloader(self) -> Any:
+            collator = self._get_collator_with_removed_columns(self.data_collator, "training")
+            rows: Any = self.train_dataset
+            sampler: Any = self._get_train_sampler()
+            loader = DataLoader(
+                rows, batch_size=self._train_batch_size, sampler=sampler, collate_fn=collator
+            )
+            return self.accelerator.prepare(loader)
+
+    rows = [{**row, "text": "more"} for row in plain(12)]
+    assert losses(trained(make(tmp_path, kind=Copied, data=rows))) == losses(
+        trained(make(tmp_path))
+    )
+
+
+def test_each_run_has_a_schedule_of_its_own(tmp_path: Path) -> None:
+    class Own(lorafit.Trainer):
+        def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+            self.lr_scheduler = torch.optim.lr_scheduler.LinearLR(
+                self.optimizer, 1.0, 0.1, num_training_steps
+            )
+            self._created_lr_scheduler = True
+            return self.lr_scheduler
+
+    trainer = make(tmp_path, kind=Own)
+    trainer.train()
+    trainer.train()
+    rates = [rate for (rate,) in numbers(trainer, "learning_rate")]
+    assert rates[0] == pytest.approx(1e-3) and rates[-1] < rates[0]  # not a schedule at its end
+
+
+# ---- what a model or a script brings along
+
+
+class Penalised(transformers.LlamaForCausalLM):
+    """A loss of its own, which only training shows."""
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        outputs = super().forward(*given, **named)
+        if self.training and outputs.loss is not None:
+            outputs.loss = outputs.loss + 100
+        return outputs
+
+
+def test_a_forward_that_somebody_wrote_keeps_its_loss(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2,
+    )  # fmt: skip
+    model = Penalised(config)
+    trainer = make(tmp_path, model=model)
+    trainer.train()
+    assert min(losses(trainer)) > 100
+    patched = llama()
+    inner, calls = patched.get_base_model(), []
+    forward = inner.forward
+    inner.forward = lambda *given, **named: (
+        calls.append("labels" in named) or forward(*given, **named)
+    )
+    make(tmp_path, model=patched, remove_unused_columns=False).train()
+    assert calls and all(calls)
+
+
+def test_gradients_from_before_a_run_are_forgotten(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    first.train()
+    model = llama()
+    model(**collate(plain(2))).loss.backward()
+    again = make(tmp_path, model=model)
+    again.train()
+    assert numbers(again, "grad_norm") == numbers(first, "grad_norm")
+
+
+def test_what_the_optimiser_does_not_hold_counts_in_the_norm(tmp_path: Path) -> None:
+    norms = []
+    for kind in (transformers, lorafit):
+        model: Any = llama()
+        some = [p for n, p in model.named_parameters() if p.requires_grad and "q_proj" in n]
+        trainer = kind.Trainer(
+            model,
+            kind.TrainingArguments(
+                str(tmp_path), per_device_train_batch_size=2, num_train_epochs=1, logging_steps=1,
+                max_grad_norm=0.1, use_cpu=True, report_to="none", save_strategy="no",
+            ),
+            data_collator=collate,
+            train_dataset=plain(8),
+            optimizers=(torch.optim.SGD(some, lr=0.5), None),
+        )  # fmt: skip
+        trainer.train()
+        norms.append(numbers(trainer, "loss", "grad_norm"))
+    for theirs, ours in zip(*norms, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_reading_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", "answer": "b"}] * 3
+    trainer = make(tmp_path, eval_dataset=rows, data=plain(64))
+    said = [line for line in notices(trainer) if "left out" in line]
+    assert len(said) == 1 and said[0].startswith("eval_dataset cannot be read by itself")
+    assert trainer.state.global_step == 16
+
+
+def test_callbacks_see_what_a_script_adds_to_its_arguments(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Look(lorafit.TrainerCallback):
+        def on_step_end(self, args: Any, *_: Any, **__: Any) -> None:
+            seen.append((args.alpha, args.learning_rate))
+
+    trainer = make(tmp_path, callbacks=[Look()])
+    trainer.args.alpha = 0.3
+    trainer.train()
+    assert seen == [(0.3, 1e-2)] * 3
+
+
+def test_batches_of_batches_weigh_by_their_rows(tmp_path: Path) -> None:
+    class Pairs(lorafit.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, *more: Any, **given: Any) -> Any:
+            loss = (model(inputs["query"]["x"]) - model(inputs["passage"]["x"])).pow(2).mean()
+            return (loss, None) if given.get("return_outputs") else loss
+
+        def prediction_step(self, model: Any, inputs: Any, *more: Any, **given: Any) -> Any:
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    rows = [{"query": {"x": [float(n)]}, "passage": {"x": [0.0]}} for n in range(4)]
+
+    def stacked(features: Any) -> Any:
+        return {
+            name: {"x": torch.tensor([row[name]["x"] for row in features])} for name in features[0]
+        }
+
+    settings = lorafit.TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", remove_unused_columns=False
+    )
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    trainer = Pairs(model, settings, data_collator=stacked, eval_dataset=rows)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx((0 + 1 + 4 + 9) / 4)
+
+
+def test_overrides_are_called_by_the_names_transformers_uses(tmp_path: Path) -> None:
+    class Named(lorafit.Trainer):
+        def prediction_step(self, model: Any, inputs: Any, loss_only: bool, **named: Any) -> Any:
+            return super().prediction_step(model, inputs, loss_only, **named)
+
+        def evaluation_loop(self, dataloader: Any, description: str, **named: Any) -> Any:
+            return super().evaluation_loop(dataloader, description, **named)
+
+        def evaluate(self, eval_dataset: Any = None, **named: Any) -> Any:
+            return super().evaluate(eval_dataset, **named)
+
+        def create_scheduler(self, **named: Any) -> Any:
+            return super().create_scheduler(**named)
+
+        def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+            return DataLoader(eval_dataset, batch_size=1, collate_fn=collate)
+
+    given: dict[str, Any] = {"eval_strategy": "epoch", "eval_dataset": plain(2)}
+    trainer = make(tmp_path, kind=Named, **given)
+    trainer.train()
+    assert len(numbers(trainer, "eval_loss")) == 1
+    named = make(tmp_path, eval_dataset={"a": plain(2)})
+    assert "eval_a_loss" in named.evaluate()
+
+
+def test_a_schedule_that_follows_a_metric_follows_the_loss(tmp_path: Path) -> None:
+    model = llama()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, patience=0, threshold=1e9, threshold_mode="abs"
+    )
+    given: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": plain(2)}
+    make(tmp_path, model=model, optimizers=(optimizer, schedule), **given).train()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1**2, rel=0.2) or schedule.last_epoch

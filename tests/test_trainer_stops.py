@@ -119,7 +119,7 @@ def test_a_random_collator_resumes(tmp_path: Path) -> None:
 def test_auto_starts_afresh_and_true_does_not(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="No valid checkpoint found"):
         run(tmp_path / "run", resume=True)
-    assert not (tmp_path / "run").exists()
+    assert list((tmp_path / "run").iterdir()) == []
     assert run(tmp_path / "run", resume="auto", max_steps=2).state.global_step == 2
 
 
@@ -408,3 +408,77 @@ def test_an_interrupt_that_finds_too_many_bad_steps_ends_as_they_do(tmp_path: Pa
     with events_of(trainer) as told, pytest.raises(NonFiniteError):
         trainer.train()
     assert isinstance(told[-1], RunEnded) and told[-1].reason == "non-finite"
+
+
+def test_another_batch_size_under_max_steps_goes_on_to_the_end(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"data": plain(16), "gradient_accumulation_steps": 1, "max_steps": 12}
+    make(
+        tmp_path, per_device_train_batch_size=4, save_strategy="steps", save_steps=8, **given
+    ).train()
+    resumed = make(tmp_path, per_device_train_batch_size=1, **given)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert resumed.state.global_step == 12
+
+
+def test_a_signal_after_the_last_step_is_passed_on(tmp_path: Path) -> None:
+    class Late(transformers.TrainerCallback):
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make(tmp_path, callbacks=[Late()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 3
+
+
+def test_the_best_is_kept_under_another_name_of_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {
+        "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1,
+        "load_best_model_at_end": True, "save_total_limit": 2, "eval_dataset": HELD,
+        "learning_rate": 1.0, "model": llama(),
+    }  # fmt: skip
+    first = make(Path("out"), max_steps=2, **given)
+    first.train()
+    best = first.state.best_model_checkpoint
+    resumed = make(tmp_path / "out", max_steps=6, **(given | {"model": llama()}))
+    resumed.train(resume_from_checkpoint=True)
+    if resumed.state.best_model_checkpoint == best:
+        assert Path(best).is_dir()
+    assert Path(resumed.state.best_model_checkpoint).is_dir()
+
+
+def test_samples_are_rows_and_not_places_in_batches(tmp_path: Path) -> None:
+    trainer = make(tmp_path, data=plain(10), per_device_train_batch_size=8, num_train_epochs=3)
+    metrics = trainer.train().metrics
+    assert metrics["train_samples_per_second"] * metrics["train_runtime"] == pytest.approx(30, 0.1)
+
+
+def test_a_scripts_own_handler_stays(tmp_path: Path) -> None:
+    """The pattern of clusters: the handler sets a flag, and a callback stops in good order."""
+    flagged: list[int] = []
+
+    class Flag(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            control.should_training_stop = bool(flagged)
+
+    before = signal.signal(signal.SIGTERM, lambda number, _: flagged.append(number))
+    try:
+        trainer = make(tmp_path, callbacks=[Flag()])
+        trainer.train()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert flagged == [signal.SIGTERM] and trainer.state.global_step == 1
+
+
+def test_a_card_that_was_written_anew_does_not_spoil_a_checkpoint(tmp_path: Path) -> None:
+    class Again(transformers.TrainerCallback):
+        def on_save(self, args: Any, state: Any, *_: Any, model: Any, **__: Any) -> None:
+            model.save_pretrained(f"{args.output_dir}/checkpoint-{state.global_step}")
+
+    run(tmp_path, save_strategy="steps", save_steps=6, callbacks=[Again()])
+    assert run(tmp_path, resume=str(tmp_path / "checkpoint-6")).state.global_step == 12

@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from lorafit.clashes import clashes, clashes_of_best
-from lorafit.panel import Panel, fits, knob, panel
+from lorafit.panel import Panel, fits, knob, panel, parsed
 
 if TYPE_CHECKING:
     import torch
@@ -120,6 +120,7 @@ class ParallelMode(Enum):
     NOT_PARALLEL = "not_parallel"
 
 
+@parsed
 @panel
 class TrainingArguments(Panel):
     """How to train: transformers' names, meanings and defaults (5.23).

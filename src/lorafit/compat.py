@@ -98,7 +98,8 @@ def to_transformers(args: TrainingArguments) -> "transformers.TrainingArguments"
         "_n_gpu": args.n_gpu,
         "_setup_devices": args.device,
     }
-    vars(made).update(values | derived)
+    own = {n: value for n, value in vars(args).items() if n not in args.knobs and n[0] != "_"}
+    vars(made).update(own | values | derived)
     return made
 
 
@@ -149,6 +150,25 @@ def set_seed(seed: int, *, deterministic: bool = False) -> None:
     from transformers.trainer_utils import enable_full_determinism
 
     enable_full_determinism(seed) if deterministic else transformers.set_seed(seed)
+
+
+def label_smoother(factor: float) -> Any:
+    """transformers' `LabelSmoother`: (outputs, labels, shift_labels) -> loss."""
+    from transformers.trainer_pt_utils import LabelSmoother
+
+    return LabelSmoother(epsilon=factor)
+
+
+def align_special_tokens(model: Any, processing_class: Any) -> None:
+    """Let the model's configuration name the tokenizer's special tokens, as transformers' Trainer
+    does before training: padding, beginning and end of text."""
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, trainer_utils
+
+    align = vars(trainer_utils).get("align_special_tokens")  # not in every release
+    beneath = getattr(model, "get_base_model", lambda: model)()
+    known = isinstance(beneath, PreTrainedModel)
+    if align and known and isinstance(processing_class, PreTrainedTokenizerBase):
+        align(beneath, processing_class)
 
 
 def eval_prediction(parts: Mapping[str, Any]) -> Any:

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from lorafit import compat, parts
 from lorafit.arguments import TrainingArguments
 from lorafit.engine import precision, world
-from lorafit.engine.objective import Objective
 from lorafit.errors import ConfigError
 from lorafit.events import Saved
 from lorafit.model import adapters, base
@@ -34,11 +33,10 @@ class Face:
 
     is_model_parallel = is_deepspeed_enabled = is_fsdp_enabled = False
     place_model_on_device = True
-    deepspeed = hp_search_backend = None
-    is_in_train = _created_scheduler = False
+    deepspeed = hp_search_backend = hp_name = None
+    is_in_train = _created_lr_scheduler = False
     _optimizer_notice, _initial_num_input_tokens_seen = "", 0
     _running: Session | None = None
-    _objective_of: tuple[nn.Module, Objective] | None = None
 
     def __init__(
         self,
@@ -64,11 +62,14 @@ class Face:
             set_verbosity(settings.get_process_log_level())
         compat.set_seed(settings.seed, deterministic=settings.full_determinism)
         parts.check_given(
+            settings,
             model=model,
             model_init=model_init,
             optimizers=optimizers,
             kind=optimizer_cls_and_kwargs,
+            held_out=eval_dataset,
         )
+        store.make_folder(Path(settings.output_dir))
         self.model_init = model_init
         made = model if model is not None else self.call_model_init()
         self.model: nn.Module = base.place(made, settings.device)
@@ -101,14 +102,14 @@ class Face:
     # ---- arguments, state, callbacks -----------------------------------------------------------
 
     @property
-    def settings(self) -> TrainingArguments:
+    def _settings(self) -> TrainingArguments:
         """`args` as lorafit's own, as they are now."""
         if isinstance(self.args, TrainingArguments):
             return self.args
         return compat.from_transformers(self.args)
 
     def _checked_settings(self) -> TrainingArguments:
-        settings = self.settings
+        settings = self._settings
         complaints = settings.check()
         if complaints:
             raise ConfigError("\n".join(complaints))
@@ -170,8 +171,41 @@ class Face:
 
     is_local_process_zero = is_world_process_zero
 
+    # What overrides copied from transformers read.
+
+    @property
+    def _train_batch_size(self) -> int:
+        return self._settings.train_batch_size
+
+    @property
+    def can_return_loss(self) -> bool:
+        """Whether the model returns a loss without labels where it is asked for one."""
+        return "return_loss" in base.forward_names(self.model)
+
+    @property
+    def label_smoother(self) -> Any:
+        """transformers' label smoothing, where `label_smoothing_factor` asks for it."""
+        factor = self._settings.label_smoothing_factor
+        return compat.label_smoother(factor) if factor else None
+
+    def _get_learning_rate(self) -> float:
+        return self.lr_scheduler.get_last_lr()[0]
+
+    def _get_collator_with_removed_columns(
+        self,
+        data_collator: Callable[[list[Any]], Any],
+        description: str | None = None,  # noqa: ARG002 transformers' signature
+    ) -> Callable[[list[Any]], Any]:
+        return parts.columns_kept(data_collator, self.model, arguments=self._settings)
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:  # noqa: ARG002
+        if not self._settings.remove_unused_columns:
+            return dataset
+        kept = base.forward_names(self.model, self._settings.label_names)
+        return dataset.remove_columns([n for n in dataset.column_names if n not in kept])
+
     def _get_output_dir(self, trial: Any) -> str:  # noqa: ARG002
-        return str(self.settings.output_dir)
+        return str(self._settings.output_dir)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh model from `model_init`, which may take the trial: None here."""
@@ -196,7 +230,7 @@ class Face:
         """
         if self.state.epoch is not None:
             logs["epoch"] = self.state.epoch
-        if self.settings.include_num_input_tokens_seen != "no":
+        if self._settings.include_num_input_tokens_seen != "no":
             seen = self.state.num_input_tokens_seen
             logs["num_input_tokens_seen"] = seen
             if start_time is not None:
@@ -215,25 +249,25 @@ class Face:
 
     def save_metrics(self, split: str, metrics: dict[str, Any], combined: bool = True) -> None:
         """Write `{split}_results.json`, and into `all_results.json` if `combined`."""
-        store.make_folder(Path(self.settings.output_dir))
+        store.make_folder(Path(self._settings.output_dir))
         compat.save_metrics(self, split, metrics=metrics, combined=combined)
 
     def save_state(self) -> None:
         """Write trainer_state.json to `output_dir`."""
-        folder = store.make_folder(Path(self.settings.output_dir))
+        folder = store.make_folder(Path(self._settings.output_dir))
         self._callbacks.keep_state(folder / "trainer_state.json")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (the whole model without one), tokenizer, card, contract, arguments."""
         self._save(output_dir)
         if not _internal_call:
-            folder = Path(output_dir or self.settings.output_dir)
+            folder = Path(output_dir or self._settings.output_dir)
             size = store.bytes_of(folder)
             self.observers.tell(Saved(str(folder), self.state.global_step, size))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         # By the name and parameters that subclasses know.
-        folder = store.make_folder(Path(output_dir or self.settings.output_dir))
+        folder = store.make_folder(Path(output_dir or self._settings.output_dir))
         contract = self._contract()
         adapters.save_adapter(
             self.model,
@@ -242,7 +276,7 @@ class Face:
             contract=contract,
             card=model_card(contract),
         )
-        store.write_json(folder / "training_args.json", self.settings.to_sanitized_dict())
+        store.write_json(folder / "training_args.json", self._settings.to_sanitized_dict())
 
     def _contract(self) -> dict[str, Any]:
         metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}
@@ -270,7 +304,7 @@ class Face:
             "pipeline_tag": tasks,
             "datasets": dataset_tags or dataset,
         }
-        folder = store.make_folder(Path(self.settings.output_dir))
+        folder = store.make_folder(Path(self._settings.output_dir))
         card = model_card(self._contract(), about=about)
         (folder / "README.md").write_text(card, encoding="utf-8")
 

@@ -7,7 +7,7 @@ the loop.
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lorafit.engine import optim
 from lorafit.engine.evaluation import Evaluation, Gathered, Predicted, evaluate
 from lorafit.engine.layout import MicroBatch, as_given, moved
 from lorafit.engine.objective import Objective
+from lorafit.engine.optim import Recipe
 from lorafit.errors import ConfigError
 from lorafit.face import Face
 from lorafit.model import adapters, base
@@ -38,6 +39,7 @@ class Hooks(Face):
     """Whether an overridden `compute_loss` divides by `num_items_in_batch` itself; None: it does
     where it is told that number."""
 
+    _objective_of: tuple[tuple[Any, ...], Objective] | None = None
     model_preparation_time: float | None = None
     """Seconds that an evaluation before any training took to find out the model's loss."""
 
@@ -69,9 +71,10 @@ class Hooks(Face):
         """torch's DataLoader over `eval_dataset`: a set, the name of one in a dict of sets, or None
         for the trainer's own. Kept with `dataloader_persistent_workers`."""
         key = eval_dataset if isinstance(eval_dataset, str) else "eval"
-        if self.settings.dataloader_persistent_workers and key in self._eval_loaders:
+        if self._settings.dataloader_persistent_workers and key in self._eval_loaders:
             return self._eval_loaders[key]
-        made = self.get_test_dataloader(self._evaluation_set(eval_dataset))
+        dataset = self._evaluation_set(eval_dataset)
+        made = self._loader(dataset, self._get_eval_sampler(dataset), training=False)
         self._eval_loaders[key] = made
         return made
 
@@ -81,13 +84,13 @@ class Hooks(Face):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        return parts.train_sampler(dataset, self.settings)
+        return parts.train_sampler(dataset, self._settings)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return parts.eval_sampler(eval_dataset)
 
     def _loader(self, dataset: Any, sampler: Any, *, training: bool) -> loader.EpochLoader:
-        arguments = self.settings
+        arguments = self._settings
         return parts.data_loader(
             dataset,
             parts.columns_kept(self.data_collator, self.model, arguments=arguments),
@@ -110,7 +113,10 @@ class Hooks(Face):
     def num_examples(self, dataloader: Any) -> int:
         """Rows of a loader's set; where it does not say, its batches times their nominal size."""
         rows = loader.rows_of(dataloader)
-        return len(dataloader) * self.settings.train_batch_size if rows is None else rows
+        return len(dataloader) * self._settings.train_batch_size if rows is None else rows
+
+    def _prepare_input(self, data: Any) -> Any:
+        return moved(data, self._device)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         """A batch on the model's device."""
@@ -136,7 +142,8 @@ class Hooks(Face):
             A scalar, or (scalar, outputs) with `return_outputs`.
         """
         function = self.compute_loss_func
-        smoothing = self.settings.label_smoothing_factor if model.training else 0
+        smoothing = self._settings.label_smoothing_factor if model.training else 0
+        smoothing = 0 if base.has_several_labels(self.model) else smoothing
         if function is None and smoothing and "labels" in inputs:
             function = objectives.smoothed(smoothing, shifted=base.declares_causal_loss(self.model))
         loss, outputs = objectives.own_loss(
@@ -155,67 +162,90 @@ class Hooks(Face):
         where it is overridden; else the engine does the same."""
         model.train()
         inputs = self._prepare_inputs(inputs)
-        with self.compute_loss_context_manager():
+        with self._precision.forwards(model), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        if not (self._divides() and num_items_in_batch is not None):
+        if not self._divided(num_items_in_batch):
             loss = loss / self.current_gradient_accumulation_steps
         self.accelerator.backward(loss)
         return loss.detach()
 
     def compute_loss_context_manager(self) -> AbstractContextManager[object]:
-        """The context of every forward: autocast, as the arguments ask for it."""
-        return self._precision.autocast()
+        """A context of your own around each loss: nothing here, as the model's forward casts by
+        itself."""
+        return self.autocast_smart_context_manager()
 
-    autocast_smart_context_manager = compute_loss_context_manager
+    def autocast_smart_context_manager(
+        self,
+        cache_enabled: bool | None = True,  # noqa: ARG002 transformers' signature
+    ) -> AbstractContextManager[object]:
+        """The same, under its older name."""
+        return nullcontext()
 
     def _counts(self) -> bool:
         """Whether losses are told the step's supervised tokens: the rule of transformers."""
-        return bool(self.compute_loss_func) or self.model_accepts_loss_kwargs
+        told = bool(self.compute_loss_func) or self.model_accepts_loss_kwargs
+        return told and parts.takes_count(self.compute_loss)
 
-    def _divides(self) -> bool:
-        """Whether a loss that is told them comes divided by them."""
-        own = self.loss_is_scaled_for_ga
-        return self._counts() if own is None else own
+    def _divided(self, count: Any) -> bool:
+        """Whether a loss that was told this count comes divided for the whole step."""
+        if self.loss_is_scaled_for_ga is not None:
+            return self.loss_is_scaled_for_ga
+        return self._counts() and (count is not None or bool(self.compute_loss_func))
 
     def _objective(self) -> Objective:
-        """The loss of this model, found out once."""
-        if self._objective_of is None or self._objective_of[0] is not self.model:
-            self._objective_of = self.model, self._make_objective()
+        """The loss of this model, found out once, and again where another takes its place."""
+        made_for = (self.model, self.compute_loss_func, vars(self).get("compute_loss"))
+        if self._objective_of is None or self._objective_of[0] != made_for:
+            self._objective_of = made_for, self._make_objective()
         return self._objective_of[1]
 
     def _make_objective(self) -> Objective:
-        counting = self._counts() and parts.takes_count(self.compute_loss)
+        counting = self._counts()
 
-        def compute_loss(model: nn.Module, inputs: Any, *, count: int | None) -> tuple[Tensor, Any]:
-            given = {"num_items_in_batch": count} if counting else {}
-            made = self.compute_loss(model, inputs, return_outputs=True, **given)
+        def compute_loss(
+            model: nn.Module, inputs: Any, *, count: int | None, outputs: bool
+        ) -> tuple[Tensor, Any]:
+            given: dict[str, Any] = {"return_outputs": True} if outputs else {}
+            if counting:
+                number = None if count is None else torch.tensor(count, device=self._device)
+                given["num_items_in_batch"] = number
+            # prediction_step has entered it already
+            with nullcontext() if outputs else self.compute_loss_context_manager():
+                made = self.compute_loss(model, inputs, **given)
             return made if isinstance(made, tuple) else (made, None)
 
         return parts.objective(
             self.model,
             compute_loss,
-            arguments=self.settings,
+            arguments=self._settings,
             overrides=self._overrides(),
-            divided=self._divides() and (counting or bool(self.loss_is_scaled_for_ga)),
+            divided=self._divided,
+            precision=self._precision,
         )
+
+    @property
+    def _device(self) -> torch.device:
+        return self._precision.device
 
     # ---- optimiser -----------------------------------------------------------------------------
 
     def create_optimizer_and_scheduler(self, num_training_steps: int) -> None:
         """Make `optimizer` and `lr_scheduler`, where there are none."""
         self.create_optimizer()
-        self.create_scheduler(num_training_steps)
+        self.create_scheduler(num_training_steps=num_training_steps)
 
     def create_optimizer(self, model: nn.Module | None = None) -> Any:
         """Make `optimizer` where there is none: `optim`, or `optimizer_cls_and_kwargs`."""
         if self.optimizer is None:
             trained = self.model if model is None else model
-            made_by = parts.recipe(self.settings, self.optimizer_cls_and_kwargs)
+            made_by = parts.recipe(self._settings, self.optimizer_cls_and_kwargs)
+            if self._overrides().any_of("get_optimizer_cls_and_kwargs"):
+                made_by = Recipe(*self.get_optimizer_cls_and_kwargs(self.args, trained))
             self._optimizer_notice = made_by.notice
             self.optimizer = parts.optimizer(
                 trained,
                 made_by,
-                arguments=self.settings,
+                arguments=self._settings,
                 decayed=self.get_decay_parameter_names(trained),
             )
         return self.optimizer
@@ -225,9 +255,9 @@ class Hooks(Face):
         if self.lr_scheduler is None:
             chosen = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = compat.make_scheduler(
-                chosen, self.settings, total_steps=num_training_steps
+                chosen, self._settings, total_steps=num_training_steps
             )
-            self._created_scheduler = True
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     @staticmethod
@@ -287,17 +317,23 @@ class Hooks(Face):
             `_samples_per_second`, `_steps_per_second` and `epoch`; for a dict of sets, each under
             `{prefix}_{name}`.
         """
-        chosen = self._evaluation_set(eval_dataset)
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(chosen, dict):
             merged: dict[str, float] = {}
             for name, part in chosen.items():
-                one = name if eval_dataset is None else part
-                merged |= self.evaluate(one, ignore_keys, f"{metric_key_prefix}_{name}")
+                merged |= self.evaluate(
+                    eval_dataset=name if eval_dataset is None else part,
+                    ignore_keys=ignore_keys,
+                    metric_key_prefix=f"{metric_key_prefix}_{name}",
+                )
             return merged
-        batches, began = self.get_eval_dataloader(eval_dataset), time.time()
-        loss_only = True if self.compute_metrics is None else None
+        batches, began = self.get_eval_dataloader(chosen), time.time()
         output = self.evaluation_loop(
-            batches, "Evaluation", loss_only, ignore_keys, metric_key_prefix
+            batches,
+            description="Evaluation",
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
         )
         if not {*(output.metrics or {})} - {f"{metric_key_prefix}_model_preparation_time"}:
             names = " or ".join(self.label_names) or "loss"
@@ -316,7 +352,12 @@ class Hooks(Face):
         """(predictions, label_ids, metrics) of a set, with labels or without; numpy arrays, padded
         with -100 where batches differ in width."""
         batches, began = self.get_test_dataloader(test_dataset), time.time()
-        output = self.evaluation_loop(batches, "Prediction", None, ignore_keys, metric_key_prefix)
+        output = self.evaluation_loop(
+            batches,
+            description="Prediction",
+            ignore_keys=ignore_keys,
+            metric_key_prefix=metric_key_prefix,
+        )
         metrics = self._with_speed(output, metric_key_prefix, began=began)
         self._callbacks.fire("on_predict", metrics=metrics)
         return PredictionOutput(output.predictions, output.label_ids, metrics)
@@ -331,7 +372,7 @@ class Hooks(Face):
     ) -> EvalLoopOutput:
         """(predictions, label_ids, metrics, num_samples) of the batches of `dataloader`. Nothing
         but sums is kept where only the loss is wanted."""
-        arguments = self.settings
+        arguments = self._settings
         loss_only = arguments.prediction_loss_only
         loss_only = loss_only if prediction_loss_only is None else prediction_loss_only
         gathered = Gathered(
@@ -379,13 +420,16 @@ class Hooks(Face):
         shifted = self._objective().shifted
 
         def predict(batch: MicroBatch) -> tuple[Tensor | None, Any, Any]:
-            return self.prediction_step(self.model, batch.inputs, loss_only, ignore_keys)
+            return self.prediction_step(
+                self.model, batch.inputs, loss_only, ignore_keys=ignore_keys
+            )
 
         def laid_out() -> Iterator[MicroBatch]:
             for batch in batches:
                 yield from as_given([batch], shifted=shifted)
 
-        return evaluate(self.model, laid_out(), predict=predict, keep=keep)
+        with optim.resting(self.optimizer), base.without_cache(self.model):
+            return evaluate(self.model, laid_out(), predict=predict, keep=keep)
 
     def prediction_step(
         self,
@@ -401,7 +445,8 @@ class Hooks(Face):
         labels = tuple(inputs.get(name) for name in self.label_names)
         has_labels = bool(labels) and all(label is not None for label in labels)
         asked = not labels and self._overrides().any_of("compute_loss", "compute_loss_func")
-        with torch.no_grad(), self.compute_loss_context_manager():
+        casting = self._precision.forwards(model)
+        with torch.no_grad(), casting, self.compute_loss_context_manager():
             if has_labels or asked:
                 measured = objective.measure(model, batch.to(self.accelerator.device))
                 loss, outputs = measured.loss.detach().mean(), measured.outputs
@@ -421,6 +466,6 @@ class Hooks(Face):
         )
 
     def _with_speed(self, output: EvalLoopOutput, prefix: str, *, began: float) -> dict[str, float]:
-        size, rows = self.settings.eval_batch_size, output.num_samples or 0
+        size, rows = self._settings.eval_batch_size, output.num_samples or 0
         speed = parts.speed_of(prefix, began, examples=rows, batch_size=size)
         return {**(output.metrics or {}), **speed}

@@ -6,7 +6,7 @@ transformers' other names (`lorafit.names`). `Panel` is what every such class ca
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, make_dataclass
 from enum import Enum
 from functools import wraps
 from numbers import Integral, Real
@@ -27,7 +27,7 @@ from typing import (
 )
 
 from lorafit.errors import ConfigError, UnknownNameError, nearest
-from lorafit.names import ALIASES, NO_OPS, OLD_VALUES, REFUSED
+from lorafit.names import ALIASES, NO_OPS, OLD_VALUES, REFUSED, NoOp, Refused
 
 UNSET: Final = object()
 """Says that a knob has no recipe of its own: its default is good."""
@@ -244,6 +244,9 @@ class Panel:
 
     def __post_init__(self) -> None:
         state = vars(self)
+        # set past our constructor, by that of a subclass which is a dataclass itself
+        unhonoured = {name: state.pop(name) for name in (*NO_OPS, *REFUSED) if name in state}
+        state["_notices"] = (*self.notices, *translate(self.knobs, unhonoured)[1])
         given: frozenset[str] | None = state.pop("_given", None)
         if given is None or len(given) == len(self.knobs):
             bare = self._bare()
@@ -317,6 +320,28 @@ def panel(cls: type[P]) -> type[P]:
 
     made.__init__ = __init__
     return made
+
+
+def parsed(cls: type[P]) -> type[P]:
+    """Give `cls` a dataclass field for each name of transformers' that is not honoured, with its
+    default: HfArgumentParser, and subclasses that are dataclasses, hand all fields over."""
+    entries = {**NO_OPS, **REFUSED}
+    declared = make_dataclass(
+        "declared", [(name, _kind(entry), _field(entry)) for name, entry in entries.items()]
+    )
+    vars(cls)["__dataclass_fields__"].update(vars(declared)["__dataclass_fields__"])
+    cls.__annotations__ |= declared.__annotations__
+    return cls
+
+
+def _kind(entry: NoOp | Refused) -> Any:
+    kinds = {type(value) for value in entry.silent} - {NoneType}
+    kind: Any = next((one for one in (bool, int, float) if one in kinds), str)
+    return kind | None if entry.default is None else kind
+
+
+def _field(entry: NoOp | Refused) -> Any:
+    return field(default=entry.default, metadata={"help": entry.why})
 
 
 def _declared(made: Field[Any], kind: Any) -> Knob:

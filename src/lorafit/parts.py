@@ -71,10 +71,11 @@ def plan(arguments: TrainingArguments, training: loader.Loader, *, done: Positio
             why="It is empty, or shorter than one batch with dataloader_drop_last=True.",
             fix="Pass more examples, or dataloader_drop_last=False.",
         )
-    if arguments.max_steps > 0:
-        return Plan(arguments.max_steps, -(-arguments.max_steps // per_epoch), per_epoch, batches)
-    passes = arguments.num_train_epochs
     begun = -(-done.rows // (training.size * training.per_step))
+    if arguments.max_steps > 0:
+        left = max(0, arguments.max_steps - done.step + begun)
+        return Plan(arguments.max_steps, done.epoch + -(-left // per_epoch), per_epoch, batches)
+    passes = arguments.num_train_epochs
     equivalent = done.epoch * per_epoch + begun
     steps = max(done.step, done.step + math.ceil(passes * per_epoch) - equivalent)
     return Plan(steps, math.ceil(passes), per_epoch, batches)
@@ -143,6 +144,13 @@ def eval_sampler(dataset: Any) -> Sequence[int] | None:
     return None if loader.is_stream(dataset) else range(len(dataset))
 
 
+STEPPING = (
+    *("training_step", "_prepare_inputs"),
+    *("compute_loss_context_manager", "autocast_smart_context_manager"),
+)
+"""Methods that a step runs through the trainer for, where one of them is overridden."""
+
+
 @dataclass(frozen=True)
 class Overrides:
     """What of the Trainer's methods a subclass, or an assignment to an instance, has replaced;
@@ -160,7 +168,7 @@ class Overrides:
     def notices(self) -> list[str]:
         """A line where micro-batches must be run as the collator made them, and one where what was
         written is never called."""
-        step = self.names & {"compute_loss", "compute_loss_func", "training_step"}
+        step = self.names & {"compute_loss", "compute_loss_func", *STEPPING}
         data = self.names & {"get_train_dataloader", "_get_train_sampler"}
         given = f"micro-batches are run as given: {_listed(step | data)} is yours"
         idle = f"never called here, though transformers' Trainer does: {_listed(self.idle)}"
@@ -188,27 +196,46 @@ def objective(
     *,
     arguments: TrainingArguments,
     overrides: Overrides,
-    divided: bool,
+    divided: Callable[[int | None], bool],
+    precision: Precision,
 ) -> Objective:
     """Our summed nats where the model's loss is plain cross entropy and nobody overrides it.
 
     Args:
         compute_loss: The trainer's, for every other case.
-        divided: Whether it divides by the step's supervised tokens.
+        divided: Whether a loss of its that is told this count comes divided for the whole step.
     """
     if not overrides.any_of("compute_loss", "compute_loss_func") and base.is_plain_causal(model):
-        return objectives.summed(smoothing=arguments.label_smoothing_factor)
-    return objectives.own(compute_loss, divided=divided, shifted=base.declares_causal_loss(model))
+        return objectives.summed(precision, smoothing=arguments.label_smoothing_factor)
+    shifted = base.declares_causal_loss(model)
+    return objectives.own(compute_loss, divided=divided, shifted=shifted, precision=precision)
 
 
 def check_given(
-    *, model: Any, model_init: Any, optimizers: tuple[Any, Any], kind: tuple[Any, Any] | None
+    arguments: TrainingArguments,
+    *,
+    model: Any,
+    model_init: Any,
+    optimizers: tuple[Any, Any],
+    kind: tuple[Any, Any] | None,
+    held_out: Any,
 ) -> None:
     """Nothing, if a Trainer can be made of these.
 
     Raises:
-        ConfigError: a model or an optimiser is given twice, or no model.
+        ConfigError: a model or an optimiser is given twice, or no model; or no evaluation set where
+            evaluations are asked for.
     """
+    if arguments.eval_strategy != "no" and held_out is None:
+        raise ConfigError(
+            f"eval_strategy={arguments.eval_strategy!r}, and there is no eval_dataset.",
+            fix="Trainer(..., eval_dataset=...), or eval_strategy='no'.",
+        )
+    if model_init is not None and tuple(optimizers) != (None, None):
+        raise ConfigError(
+            "model_init makes a fresh model for each run, and optimizers belong to one model.",
+            fix="Override create_optimizer and create_scheduler, or leave model_init out.",
+        )
     if (model is None) == (model_init is None):
         raise ConfigError(
             "`Trainer` requires either a `model` or `model_init` argument: one of them.",
@@ -226,6 +253,13 @@ def needed(function: Callable[..., Any]) -> int:
     bare = inspect.Parameter.empty
     taken = inspect.signature(function).parameters.values()
     return sum(p.default is bare and p.kind <= p.POSITIONAL_OR_KEYWORD for p in taken)
+
+
+def takes_third(function: Callable[..., Any]) -> bool:
+    """Whether `function` takes a third argument by position, whatever its name."""
+    taken = inspect.signature(function).parameters.values()
+    by_position = [p for p in taken if p.kind <= p.POSITIONAL_OR_KEYWORD]
+    return len(by_position) > 2 or any(p.kind is p.VAR_POSITIONAL for p in taken)
 
 
 def takes_count(compute_loss: Callable[..., Any]) -> bool:
@@ -252,9 +286,9 @@ def optimizer(
     Raises:
         ConfigError: nothing is trainable.
     """
-    grouped = optim.groups(model, decayed=decayed, decay=arguments.weight_decay)
+    optim.check_trainable(model)
     if not arguments.loraplus_lr_ratio:
-        return made_by.make(grouped)
+        return made_by.make(optim.groups(model, decayed=decayed, decay=arguments.weight_decay))
     return adapters.loraplus(
         model,
         made_by.kind,
@@ -290,7 +324,7 @@ def engine(
     return Engine(
         model,
         objective,
-        updater=Updater(optimizer),
+        updater=Updater(optimizer, model),
         schedule=schedule,
         precision=precision,
         max_norm=arguments.max_grad_norm,

@@ -4,20 +4,19 @@ Owns position and random state, and what happens inside a step besides arithmeti
 the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorafit.arguments import TrainingArguments
-from lorafit.data.loader import Loader, StepBatches
+from lorafit.data.loader import Loader, StepBatches, rows_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
+from lorafit.engine.optim import Updater
 from lorafit.engine.step import Engine, StepResult
 from lorafit.errors import ConfigError
 from lorafit.events import Reason, RunEnded, RunStarted
@@ -39,6 +38,7 @@ class Watch:
 
     callbacks: Callbacks
     signals: Signals
+    updater: Updater
 
     def after_micro_batch(self, *, last: bool) -> None:
         """After each backward; may raise `Asked`."""
@@ -48,7 +48,8 @@ class Watch:
 
     def before_update(self) -> None:
         """Gradients are summed and clipped."""
-        self.callbacks.fire("on_pre_optimizer_step")
+        with self.updater.showing_gradients():
+            self.callbacks.fire("on_pre_optimizer_step")
 
     def after_update(self) -> None:
         """The optimiser has stepped; the schedule has not."""
@@ -57,9 +58,9 @@ class Watch:
 
 @dataclass
 class Session:
-    """Mutable: `position` counts finished steps; `step_began` is the random state at the beginning
-    of a step that has not finished, None between steps; `epoch_began` that at the beginning of the
-    epoch; `saved_in` is the whole checkpoint that was saved at step
+    """Mutable: `position` counts finished steps, from where it `began`; `step_began` is the random
+    state at the beginning of a step that has not finished, None between steps; `epoch_began` that
+    at the beginning of the epoch; `saved_in` is the whole checkpoint that was saved at step
     `saved_at`, None before the first."""
 
     arguments: TrainingArguments
@@ -69,10 +70,11 @@ class Session:
     layout: Layout
     progress: Progress
     readings: Readings
+    watch: Watch
     notices: tuple[str, ...] = ()
-    signals: Signals = field(default_factory=Signals)
     started: float = field(default_factory=time.time)
     position: Position = START
+    began: Position = START
     step_began: dict[str, Any] | None = None
     epoch_began: dict[str, Any] | None = None
     resumed: Kept | None = None
@@ -81,6 +83,11 @@ class Session:
     saved_at: int = 0
     saved_in: Path | None = None
     read_at: set[int] = field(default_factory=set)
+
+    @property
+    def signals(self) -> Signals:
+        """What has been asked of the process since the run began."""
+        return self.watch.signals
 
     def epoch(self) -> float:
         """The position in epochs, by batches as transformers counts them."""
@@ -119,8 +126,6 @@ class Session:
         here = self.position
         self.position = Position(here.step + 1, here.epoch, here.rows + of.rows)
         self.step_began = None
-        if self.position.step % (self.arguments.torch_empty_cache_steps or math.inf) == 0:
-            torch.cuda.empty_cache()
         seconds = time.perf_counter() - self.clock
         self.progress.add(Done(here.step + 1, self.epoch(), result, of.examples, seconds))
 
@@ -208,7 +213,11 @@ class Session:
     def metrics(self) -> dict[str, float]:
         """The run's speed and mean loss, under transformers' names."""
         steps = self.position.step - self.progress.first_step
+        per_epoch = rows_of(self.loader.batches)
         rows = steps * self.arguments.effective_batch_size
+        if per_epoch is not None:
+            passes = self.position.epoch - self.began.epoch
+            rows = passes * per_epoch + self.position.rows - self.began.rows
         speed = speed_metrics("train", self.started, num_samples=rows, num_steps=steps)
         return {**speed, "train_loss": self.progress.mean_loss}
 
@@ -237,5 +246,6 @@ class Session:
         if state.scaler:
             self.engine.precision.scaler.load_state_dict(state.scaler)
         self.progress.resume(state.sums, step=state.position.step)
-        self.position, self.resumed = state.position, kept
+        self.position = self.began = state.position
+        self.resumed = kept
         checkpoint.set_random_state(state.random_state)

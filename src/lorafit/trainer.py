@@ -5,21 +5,24 @@ Computes nothing itself (the engine does) and draws nothing (observers do). What
 call and override is `Face`'s. The loop is `_epoch`.
 """
 
+import math
 import signal
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
 from lorafit.data.loader import Loader, length_of
+from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole
 from lorafit.engine.optim import Reached
-from lorafit.errors import TrainingInterrupted
+from lorafit.errors import ConfigError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
 from lorafit.model import adapters, base
@@ -89,17 +92,22 @@ class Trainer(Hooks):
             compat.set_seed(arguments.seed, deterministic=arguments.full_determinism)
             self.model = base.place(self.call_model_init(), arguments.device)
             self.optimizer = self.lr_scheduler = None
-        run = self._running = self._begin(kept, skipped)
+        compat.align_special_tokens(self.model, self.processing_class)
+        run = self._running = self._begin(kept)
         run.ignore_keys = ignore_keys_for_eval
-        with (
-            closing(run.engine.updater),
-            self.observers.writing(Journal(output, resumed_at=run.position.step if kept else None)),
-            listening(run.signals),
-            self._telling_of_skips(run),
-            base.without_cache(self.model),
-            noisy_embeddings(self.model, arguments.neftune_noise_alpha),
-        ):
-            return self._run(run)
+        with closing(run.engine.updater):
+            resumed = self._resume(run, kept) if kept else []
+            run.notices = (*skipped, *resumed, *run.notices)
+            step = run.position.step if kept else None
+            with (
+                self.observers.writing(Journal(output, resumed_at=step)),
+                listening(run.signals),
+                self._telling_of_skips(run),
+                watching_gradients(self.observers, Reached(self.model)),
+                base.without_cache(self.model),
+                noisy_embeddings(self.model, arguments.neftune_noise_alpha),
+            ):
+                return self._run(run)
 
     # ---- the loop ------------------------------------------------------------------------------
 
@@ -129,13 +137,13 @@ class Trainer(Hooks):
         self._callbacks.fire("on_epoch_begin")
         for step in run.steps(epoch):
             self._callbacks.fire("on_step_begin")
-            result = run.engine.step(run.layout(step.batches), Watch(self._callbacks, run.signals))
+            result = run.engine.step(run.layout(step.batches), run.watch)
             run.finish_step(result, of=step)
             self._callbacks.moved(run.position.step, run.epoch(), seen=run.progress)
             self.observers.tell(*run.progress.overdue())
             self._callbacks.fire("on_step_end")
             self._act(run)
-            run.signals.poll()
+            run.watch.signals.poll()
             if self._callbacks.says_stop():
                 break
         self._close_epoch(run)
@@ -182,11 +190,17 @@ class Trainer(Hooks):
     def _evaluate_in_run(self, run: Session) -> None:
         """Evaluate; remember what is best, and move a schedule that follows the metric."""
         metrics, arguments = self.evaluate(ignore_keys=run.ignore_keys), run.arguments
-        if arguments.metric_for_best_model is None and arguments.save_strategy != "best":
+        schedule = run.engine.schedule
+        decides = arguments.metric_for_best_model or arguments.save_strategy == "best"
+        if not (decides or isinstance(schedule, ReduceLROnPlateau)):
             return
         value, state = parts.deciding_metric(arguments, metrics), self.state
-        if isinstance(run.engine.schedule, ReduceLROnPlateau):
-            run.engine.schedule.step(value)
+        if isinstance(schedule, ReduceLROnPlateau):
+            schedule.step(value)
+        if not decides:
+            return
+        if state.best_metric is None:  # from here on patience counts, whatever comes first
+            state.best_metric = -math.inf if arguments.greater_is_better else math.inf
         best = parts.is_better(value, state.best_metric, greater=arguments.greater_is_better)
         if best:
             state.best_metric, state.best_global_step = value, state.global_step
@@ -198,16 +212,25 @@ class Trainer(Hooks):
         see them, `log_history`, callbacks and random state do not."""
         run.read_at.add(run.position.step)
         chosen = parts.subset(self.eval_dataset, run.readings.examples, seed=run.arguments.seed)
-        with checkpoint.random_state_kept():
-            batches = self.get_test_dataloader(chosen)
-            measured = self._measured(batches, loss_only=True, keep=lambda _: run.signals.poll())
+        try:
+            with checkpoint.random_state_kept():
+                batches = self.get_test_dataloader(chosen)
+                measured = self._measured(
+                    batches, loss_only=True, keep=lambda _: run.signals.poll()
+                )
+        except Asked:
+            raise
+        except Exception as error:  # nobody asked for it: whatever it is, the run goes on
+            run.readings = Readings(frozenset(), 0)
+            self.observers.say(f"eval_dataset cannot be read by itself, left out: {error}")
+            return
         self.observers.tell(evaluated(measured, self.state, name="eval", occasion="reading"))
 
     # ---- beginning, saving, ending -------------------------------------------------------------
 
-    def _begin(self, kept: Kept | None, skipped: Sequence[str]) -> Session:
+    def _begin(self, kept: Kept | None) -> Session:
         """The run's parts, at its start or at the position of the checkpoint `kept`."""
-        arguments, overrides = self.settings, self._overrides()
+        arguments, overrides = self._settings, self._overrides()
         batches = self.get_train_dataloader()
         steps = Loader(
             batches,
@@ -216,8 +239,9 @@ class Trainer(Hooks):
         )
         plan = parts.plan(arguments, steps, done=kept.state.position if kept else START)
         objective = self._objective()
-        if self._created_scheduler:
-            self.lr_scheduler, self._created_scheduler = None, False
+        self.model.zero_grad()  # of a backward before this run, or of a run that failed
+        if self._created_lr_scheduler:
+            self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer_and_scheduler(plan.steps)
         engine = parts.engine(
             self.model,
@@ -225,7 +249,7 @@ class Trainer(Hooks):
             arguments=arguments,
             precision=self._precision,
             updater=(self.optimizer, self.lr_scheduler),
-            run_part=self._run_training_step if overrides.any_of("training_step") else None,
+            run_part=self._run_training_step if overrides.any_of(*parts.STEPPING) else None,
         )
         self._callbacks.begin(
             max_steps=plan.steps, epochs=plan.epochs, batch_size=arguments.train_batch_size
@@ -241,6 +265,7 @@ class Trainer(Hooks):
             plan=plan,
             engine=engine,
             loader=steps,
+            watch=Watch(self._callbacks, Signals(), engine.updater),
             layout=lambda batches: as_given(batches, shifted=objective.shifted),
             progress=Progress(limit=arguments.max_nonfinite_steps + self._precision.settling),
             readings=parts.readings(
@@ -251,13 +276,8 @@ class Trainer(Hooks):
                 overrides=overrides,
             ),
         )
-        self._signals = run.signals
-        resumed = self._resume(run, kept) if kept else []
-        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
-        self.observers.append(watching_gradients(self.observers, Reached(self.model)))
+        self._signals, self._initial_num_input_tokens_seen = run.signals, 0
         run.notices = (
-            *skipped,
-            *resumed,
             *arguments.notices,
             self._precision.notice,
             self._optimizer_notice,
@@ -270,23 +290,29 @@ class Trainer(Hooks):
         """Take up the run that a checkpoint kept; what is to be said of it."""
         run.resume(kept, self.model)
         lost = self._callbacks.resume(kept.folder / "trainer_state.json")
+        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         changed = parts.differing(run.arguments, kept.state.arguments)
         return [f"resuming {kept.folder} at step {run.position.step}", changed, *lost]
 
     def _run_training_step(self, batch: MicroBatch, whole: Whole) -> Tensor:
         """An overridden `training_step` in the engine's place."""
         self.current_gradient_accumulation_steps = whole.batches
-        told = self._counts() and parts.takes_count(self.training_step)
-        given = {"num_items_in_batch": whole.supervised or None} if told else {}
-        return self.training_step(self.model, batch.inputs, **given).detach()
+        count = torch.tensor(whole.supervised, device=self._device) if whole.supervised else None
+        counted = (count if self._counts() else None,)
+        given = counted if parts.takes_third(self.training_step) else ()
+        return self.training_step(self.model, batch.inputs, *given).detach()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
         # By the name and parameters that subclasses know, who save more beside it.
-        assert self._running is not None
+        if self._running is None:
+            raise ConfigError(
+                "Trainer._save_checkpoint: no training is going on, so there is no step to keep.",
+                fix="Call trainer.save_model(folder), or save from a callback while it trains.",
+            )
         self._keep(self._running, whole=not self._running.arguments.save_only_model)
 
     def _keep(self, run: Session, *, whole: bool) -> None:
-        folder = Path(run.arguments.output_dir) / f"checkpoint-{run.position.step}"
+        folder = Path(self._get_output_dir(None)) / f"checkpoint-{run.position.step}"
         if self.state.best_global_step == run.position.step:
             self.state.best_model_checkpoint = str(folder)
 

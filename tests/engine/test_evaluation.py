@@ -56,7 +56,7 @@ def test_short_epochs_are_read_every_twentieth_of_the_run() -> None:
 
 
 def constant(nats: float, count: int) -> MicroBatch:
-    return MicroBatch({"labels": torch.tensor(nats / count)}, count, 0, 0, 1)
+    return MicroBatch({"labels": torch.tensor([nats / count])}, count, 0, 0)
 
 
 def predict(batch: MicroBatch) -> tuple[Tensor, None, None]:
@@ -76,7 +76,7 @@ def test_batches_weigh_by_their_tokens() -> None:
 
 
 def test_a_batch_without_supervision_weighs_nothing() -> None:
-    empty = MicroBatch({"labels": torch.tensor(math.nan)}, 0, 0, 0, 5)
+    empty = MicroBatch({"labels": torch.full((5,), math.nan)}, 0, 0, 0)
     found = evaluate(nn.Linear(1, 1), [constant(9.0, 9), empty], predict=predict)
     assert found.loss == 1.0 and found.examples == 6
     alone = evaluate(nn.Linear(1, 1), [empty], predict=predict).loss
@@ -84,14 +84,14 @@ def test_a_batch_without_supervision_weighs_nothing() -> None:
 
 
 def test_a_batch_without_labels_weighs_by_its_rows() -> None:
-    many = [MicroBatch({"x": torch.tensor(float(n))}, 0, 0, 0, n) for n in (1, 3)]
+    many = [MicroBatch({"x": torch.full((n,), float(n))}, 0, 0, 0) for n in (1, 3)]
     found = evaluate(nn.Linear(1, 1), many, predict=lambda batch: (batch.inputs["x"], None, None))
     assert found.loss == 2.5
 
 
 def test_a_set_without_losses_has_none() -> None:
     assert evaluate(nn.Linear(1, 1), [], predict=predict).loss is None
-    unlabelled = MicroBatch({"x": torch.ones(1)}, 0, 0, 0, 1)
+    unlabelled = MicroBatch({"x": torch.ones(1)}, 0, 0, 0)
     assert (
         evaluate(nn.Linear(1, 1), [unlabelled], predict=lambda _: (None, None, None)).loss is None
     )

@@ -11,7 +11,10 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole, own, own_loss, predictions_of, smoothed, summed
+from lorafit.engine.precision import Precision
 from lorafit.errors import ConfigError
+
+PLAIN = Precision(torch.device("cpu"))
 
 
 class Scores(nn.Module):
@@ -39,7 +42,7 @@ def batches(*sizes: int) -> list[MicroBatch]:
 def test_shares_add_up_to_the_mean_over_the_step(smoothing: float) -> None:
     model, split = Scores(), batches(1, 3)
     whole = Whole(sum(batch.supervised for batch in split), 2)
-    shares = [summed(smoothing=smoothing).part(model, batch, whole=whole) for batch in split]
+    shares = [summed(PLAIN, smoothing=smoothing).part(model, batch, whole=whole) for batch in split]
     logits = [model(b.inputs["input_ids"])["logits"][:, :-1].flatten(0, 1) for b in split]
     targets = torch.cat([b.inputs["labels"][:, 1:].flatten() for b in split])
     expected = functional.cross_entropy(
@@ -51,36 +54,36 @@ def test_shares_add_up_to_the_mean_over_the_step(smoothing: float) -> None:
 def test_a_step_without_supervision_is_zero_with_a_graph() -> None:
     model, (batch,) = Scores(), batches(1)
     batch.inputs["labels"][:] = -100
-    loss = summed().part(model, batch, whole=Whole(0, 1))
+    loss = summed(PLAIN).part(model, batch, whole=Whole(0, 1))
     loss.backward()
     assert loss == 0 and not model.table.grad.any()
 
 
 def test_evaluation_is_never_smoothed() -> None:
     model, (batch,) = Scores(), batches(2)
-    plain, smooth = (summed(smoothing=s).measure(model, batch) for s in (0.0, 0.3))
+    plain, smooth = (summed(PLAIN, smoothing=s).measure(model, batch) for s in (0.0, 0.3))
     assert plain.loss == smooth.loss
 
 
 def test_missing_labels_are_named() -> None:
     (batch,) = as_given([{"input_ids": torch.ones(1, 3).long()}], shifted=True)
     with pytest.raises(ConfigError, match="no labels, only input_ids"):
-        summed().part(Scores(), batch, whole=Whole(1, 1))
+        summed(PLAIN).part(Scores(), batch, whole=Whole(1, 1))
 
 
 @pytest.mark.parametrize(("divided", "share"), [(True, 6.0), (False, 3.0)])
 def test_own_losses_are_divided_once(divided: bool, share: float) -> None:
     seen: list[Any] = []
 
-    def compute(model: nn.Module, inputs: dict[str, Any], *, count: int | None) -> Any:
-        seen.append(count)
+    def compute(model: nn.Module, inputs: Any, *, count: int | None, outputs: bool) -> Any:
+        seen.append((count, outputs))
         return torch.tensor(6.0), None
 
     (batch,) = batches(2)
-    objective = own(compute, divided=divided, shifted=True)
+    objective = own(compute, divided=lambda _: divided, shifted=True, precision=PLAIN)
     assert objective.part(Scores(), batch, whole=Whole(10, 2)) == share
     assert objective.measure(Scores(), batch).loss == 6
-    assert seen == [10, batch.supervised]
+    assert seen == [(10, False), (batch.supervised, True)]
 
 
 Output = namedtuple("Output", "loss logits")

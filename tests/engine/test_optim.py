@@ -151,4 +151,4 @@ def test_optim_args_reach_the_optimiser() -> None:
 
 def test_nothing_trainable_is_refused() -> None:
     with pytest.raises(ConfigError, match="No parameter"):
-        updater(model().requires_grad_(False))
+        optim.check_trainable(model().requires_grad_(False))

@@ -61,7 +61,7 @@ def engine(*, max_norm: float = 0.0, plateau: bool = False) -> Engine:
 
 
 def batch(x: list[float], supervised: int) -> MicroBatch:
-    return MicroBatch({"x": torch.tensor([x])}, supervised, tokens=3, positions=5, rows=1)
+    return MicroBatch({"x": torch.tensor([x])}, supervised, tokens=3, positions=5)
 
 
 BATCHES = [batch([3.0, 0.0], 1), batch([0.0, 12.0], 2)]

@@ -62,12 +62,12 @@ def logits_of(model: nn.Module) -> Iterator[list[Tensor]]:
 def ours(model: nn.Module, *, bf16: bool) -> tuple[Tensor, list[Tensor]]:
     """Nats of every token, and the gradients of each batch, as the engine computes them."""
     chosen = precision.choose(TrainingArguments("out", bf16=bf16, use_cpu=True), CPU)
-    objective = objectives.summed()
+    objective = objectives.summed(chosen)
     nats: list[Tensor] = []
     taken: list[Tensor] = []
     for batch in batches():
         micro = as_given([batch], shifted=True)[0]
-        with logits_of(model) as logits, chosen.autocast():
+        with logits_of(model) as logits:
             part = objective.part(model, micro, whole=Whole(micro.supervised, 1))
         part.backward()
         nats.append(token_nats(logits[0].detach(), batch["labels"]))

@@ -145,7 +145,10 @@ class Gathered:
         by_batch = self.arguments.batch_eval_metrics and self.compute_metrics is not None
         if by_batch and logits is not None and labels is not None:
             assert self.compute_metrics is not None
-            given = compat.eval_prediction(parts)
+            # one batch at a time the metrics see all inputs, else the main one: transformers' rule
+            given = compat.eval_prediction(
+                parts | {"inputs": batch.inputs if "inputs" in wanted else None}
+            )
             self._metrics = self.compute_metrics(given, compute_result=last)
         if self.keeps or not by_batch:
             self._add(parts)

@@ -5,7 +5,7 @@ anything moves to a device. Knows neither models nor files. `as_given` runs the 
 batches literally; it is the only layout of this version.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,29 +25,37 @@ class MicroBatch:
         supervised: Tokens that carry loss; 0 where there are no "labels" to count.
         tokens: Real tokens, padding left out.
         positions: Tokens with their padding: what the forward is run on.
-        rows: How many examples.
     """
 
     inputs: Any
     supervised: int
     tokens: int
     positions: int
-    rows: int
+
+    @property
+    def rows(self) -> int:
+        """How many examples."""
+        return _rows(self.inputs)
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same with its inputs on `device`."""
-        return replace(self, inputs=moved(self.inputs, device))
+        return replace(self, inputs=mapped(self.inputs, lambda t: t.to(device, non_blocking=True)))
 
 
 def moved(value: Any, device: torch.device) -> Any:
     """`value` with each tensor inside its mappings, lists and tuples on `device`; copies are
-    asynchronous. Mappings become dicts, which an override may change."""
+    asynchronous. Mappings are copied, as an override may change them."""
+    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`value` with each tensor inside its mappings, lists and tuples changed; types are kept."""
     if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
+        return change(value)
     if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(moved(item, device) for item in value)
+        return type(value)({key: mapped(item, change) for key, item in value.items()})  # type: ignore[call-arg]
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
+        return type(value)(mapped(item, change) for item in value)
     return value
 
 
@@ -61,6 +69,15 @@ def as_given(batches: Iterable[Any], *, shifted: bool) -> list[MicroBatch]:
     return [_micro_batch(batch, shifted=shifted) for batch in batches]
 
 
+def _rows(value: Any) -> int:
+    """The length of the first tensor inside that has one; 0 without any."""
+    if isinstance(value, Tensor):
+        return len(value) if value.ndim else 0
+    parts = value.values() if isinstance(value, Mapping) else value
+    nested = isinstance(value, Mapping | list | tuple)
+    return next((rows for part in parts if (rows := _rows(part))), 0) if nested else 0
+
+
 def _micro_batch(inputs: Any, *, shifted: bool) -> MicroBatch:
     named = inputs.items() if isinstance(inputs, Mapping) else enumerate(inputs)
     tensors: dict[Any, Tensor] = {name: item for name, item in named if isinstance(item, Tensor)}
@@ -71,5 +88,4 @@ def _micro_batch(inputs: Any, *, shifted: bool) -> MicroBatch:
         supervised=supervised_tokens(tensors.get("labels", none), shifted=shifted),
         tokens=int(tensors.get("attention_mask", torch.ones_like(ids)).count_nonzero()),
         positions=ids.numel(),
-        rows=next((len(value) for value in tensors.values() if value.ndim), 0),
     )

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from lorafit.engine.layout import MicroBatch
+from lorafit.engine.precision import Precision
 from lorafit.errors import ConfigError
 from lorafit.kernels.cross_entropy import summed_nats, supervised_tokens
 
@@ -49,7 +50,7 @@ class Objective:
     shifted: bool
 
 
-def summed(*, smoothing: float = 0.0) -> Objective:
+def summed(precision: Precision, *, smoothing: float = 0.0) -> Objective:
     """The law's objective, for causal language models whose loss is plain cross entropy.
 
     The model is called without labels, so that it computes logits only.
@@ -60,7 +61,8 @@ def summed(*, smoothing: float = 0.0) -> Objective:
         labels = inputs.pop("labels", None)
         if labels is None:
             raise _unlabelled(inputs)
-        return model(**inputs), labels
+        with precision.autocast():
+            return model(**inputs), labels
 
     def part(model: nn.Module, batch: MicroBatch, *, whole: Whole) -> Tensor:
         outputs, labels = forward(model, batch)
@@ -85,29 +87,39 @@ def _unlabelled(inputs: Mapping[str, Any]) -> ConfigError:
 
 
 class ComputeLoss(Protocol):
-    """(model, inputs, supervised tokens or None) -> (loss, outputs)."""
+    """(model, inputs, supervised tokens or None) -> (loss, outputs where they are asked for)."""
 
     def __call__(
-        self, model: nn.Module, inputs: Any, *, count: int | None
+        self, model: nn.Module, inputs: Any, *, count: int | None, outputs: bool
     ) -> tuple[Tensor, Any]: ...
 
 
-def own(compute_loss: ComputeLoss, *, divided: bool, shifted: bool) -> Objective:
+def own(
+    compute_loss: ComputeLoss,
+    *,
+    divided: Callable[[int | None], bool],
+    shifted: bool,
+    precision: Precision,
+) -> Objective:
     """The module's (or an override's) own loss.
 
     Args:
         compute_loss: Called with the supervised tokens of the step; of the batch in evaluation.
-        divided: Whether its loss is already divided by that count; if not it is taken for a mean,
-            and micro-batches weigh equally.
+        divided: Whether a loss that is told this count comes divided for the whole step; if not it
+            is taken for a mean, and micro-batches weigh equally.
         shifted: Whether labels are shifted inside, for counting them.
     """
 
     def part(model: nn.Module, batch: MicroBatch, *, whole: Whole) -> Tensor:
-        loss, _ = compute_loss(model, batch.inputs, count=whole.supervised or None)
-        return loss if divided and whole.supervised else loss / whole.batches
+        count = whole.supervised or None
+        with precision.forwards(model):
+            loss, _ = compute_loss(model, batch.inputs, count=count, outputs=False)
+        return loss if divided(count) else loss / whole.batches
 
     def measure(model: nn.Module, batch: MicroBatch) -> Measured:
-        return Measured(*compute_loss(model, batch.inputs, count=batch.supervised or None))
+        count = batch.supervised or None
+        with precision.forwards(model):
+            return Measured(*compute_loss(model, batch.inputs, count=count, outputs=True))
 
     return Objective(part, measure, shifted)
 

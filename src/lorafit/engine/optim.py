@@ -8,10 +8,11 @@ waits for the answer.
 import ast
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Generator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -30,26 +31,38 @@ class Updater:
 
     A parameter of 16 bits gets a float32 master, which stands in for it in the optimiser's groups
     until `close`: gradients of all micro-batches are summed and the update is taken there, then
-    rounded into the parameter, whose dtype never changes.
+    rounded into the parameter, whose dtype never changes. What is trainable and no optimiser holds
+    counts in the gradient's norm, as in transformers.
+
+    Attributes:
+        zero_grad: Forgets all gradients.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
         self.optimizer = optimizer
+        held = {p for group in optimizer.param_groups for p in group["params"]}
+        trained = model.parameters() if model else ()
+        self._others = [p for p in trained if p.requires_grad and p not in held]
+        self.zero_grad = self._zero_all if self._others else optimizer.zero_grad
         halves = (torch.bfloat16, torch.half)
         trained = (p for p in self.parameters if p.requires_grad and p.dtype in halves)
         self._masters = {p: p.detach().float() for p in trained}
         self._swap(self._masters)
         self._hooks = [p.register_post_accumulate_grad_hook(self._to_master) for p in self._masters]
         if self._masters:
+            self._hooks.append(optimizer.register_step_pre_hook(self._take_edits))
             self._hooks.append(optimizer.register_step_post_hook(self._from_masters))
         # torch's schedules warn where no step came before theirs: here it may not have been applied
         vars(optimizer)["_opt_called"] = True
         self._skips_on_device = _reads_found_inf(optimizer)
+        if isinstance(optimizer, _KnowsModes):
+            optimizer.train()
 
     def close(self) -> None:
         """Remove the hooks, and give the optimiser the user's parameters back."""
         for hook in self._hooks:
             hook.remove()
+        vars(self.optimizer).pop("found_inf", None)
         self._swap({master: parameter for parameter, master in self._masters.items()})
 
     def _swap(self, instead: Mapping[Any, Tensor]) -> None:
@@ -62,13 +75,30 @@ class Updater:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Every tensor the optimiser updates."""
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        """Every tensor the optimiser updates, and what is trainable besides."""
+        return [*(p for g in self.optimizer.param_groups for p in g["params"]), *self._others]
+
+    def _zero_all(self) -> None:
+        self.optimizer.zero_grad()
+        for parameter in self._others:
+            parameter.grad = None
 
     def norm(self, *, max_norm: float) -> Tensor:
         """The total gradient norm (a scalar on the device); gradients are clipped to `max_norm`
         unless it is 0."""
         return nn.utils.clip_grad_norm_(self.parameters, max_norm or math.inf)
+
+    def showing_gradients(self) -> AbstractContextManager[None]:
+        """Inside, parameters have the gradients of their masters, for whoever looks at them."""
+        return self._showing() if self._masters else nullcontext()
+
+    @contextmanager
+    def _showing(self) -> Generator[None]:
+        for parameter, master in self._masters.items():
+            parameter.grad = None if master.grad is None else master.grad.to(parameter.dtype)
+        yield
+        for parameter in self._masters:
+            parameter.grad = None
 
     def apply(self, finite: Tensor) -> None:
         """Take the step if `finite`, a boolean scalar; leave everything untouched otherwise."""
@@ -86,8 +116,10 @@ class Updater:
         """Put back what `state_dict` gave."""
         self.optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
         with torch.no_grad():
-            for master, saved in zip(self._masters.values(), state["masters"], strict=True):
+            # a run that was saved with parameters of 32 bits has none
+            for master, saved in zip(self._masters.values(), state["masters"], strict=False):
                 master.copy_(saved)
+        self._skips_on_device = _reads_found_inf(self.optimizer)
 
     def _to_master(self, parameter: Tensor) -> None:
         master, gradient = self._masters[parameter], parameter.grad  # type: ignore[index]
@@ -96,9 +128,35 @@ class Updater:
         parameter.grad = None
 
     @torch.no_grad()
+    def _take_edits(self, *_: Any) -> None:
+        """A parameter that somebody has changed since the last step is its master's new value."""
+        for parameter, master in self._masters.items():
+            unchanged = parameter == master.to(parameter.dtype)
+            master.copy_(torch.where(unchanged, master, parameter.float()))
+
+    @torch.no_grad()
     def _from_masters(self, *_: Any) -> None:
         for parameter, master in self._masters.items():
             parameter.copy_(master)
+
+
+@runtime_checkable
+class _KnowsModes(Protocol):
+    def train(self) -> object: ...
+    def eval(self) -> object: ...
+
+
+@contextmanager
+def resting(optimizer: Any) -> Generator[None]:
+    """An optimiser that keeps other weights for evaluation (schedule-free ones) has them inside."""
+    knows = isinstance(optimizer, _KnowsModes)
+    if knows:
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        if knows:
+            optimizer.train()
 
 
 class Reached:
@@ -138,20 +196,24 @@ def decayed_names(model: nn.Module) -> list[str]:
     return [name for name in names if name not in norms and not UNDECAYED.search(name)]
 
 
-def groups(model: nn.Module, *, decayed: Collection[str], decay: float) -> list[dict[str, Any]]:
-    """Two groups of the trainable parameters, either may be empty: those named in `decayed`, and
-    the others.
+def check_trainable(model: nn.Module) -> None:
+    """Nothing, if a parameter is trainable.
 
     Raises:
-        ConfigError: nothing is trainable.
+        ConfigError: none is.
     """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    if not trained:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError(
             "No parameter of the model is trainable.",
             why="Training would change nothing.",
             fix="Attach an adapter first: peft.get_peft_model(model, LoraConfig(...)).",
         )
+
+
+def groups(model: nn.Module, *, decayed: Collection[str], decay: float) -> list[dict[str, Any]]:
+    """Two groups of the trainable parameters, either may be empty: those named in `decayed`, and
+    the others."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return [
         {"params": [p for name, p in trained if name in decayed], "weight_decay": decay},
         {"params": [p for name, p in trained if name not in decayed], "weight_decay": 0.0},

@@ -5,13 +5,17 @@ or `fp16` only what torch.autocast lists (matrix products) takes 16-bit operands
 gradient scaler, as its range needs one.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import nn
 from torch.amp import GradScaler
 
 from lorafit.arguments import TrainingArguments
+from lorafit.engine.layout import mapped
 from lorafit.errors import ConfigError
 
 
@@ -27,6 +31,33 @@ class Precision:
     def autocast(self) -> AbstractContextManager[object]:
         """The context of every forward, in training and in evaluation alike."""
         return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None)
+
+    @contextmanager
+    def forwards(self, model: nn.Module) -> Generator[None]:
+        """Inside, `model`'s forward runs so and returns float32: what a loss of the user's own
+        makes of its outputs is in full precision, as under accelerate."""
+        if self.dtype is None:
+            yield
+            return
+        entered: list[AbstractContextManager[object]] = []
+
+        def enter(*_: Any) -> None:
+            entered.append(self.autocast())
+            entered[-1].__enter__()
+
+        def leave(*given: Any) -> Any:
+            entered.pop().__exit__(None, None, None)
+            return mapped(given[-1], lambda t: t.float() if t.dtype is self.dtype else t)
+
+        hooks = (
+            model.register_forward_pre_hook(enter, prepend=True),
+            model.register_forward_hook(leave, always_call=True),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @property
     def settling(self) -> int:

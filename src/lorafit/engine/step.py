@@ -98,14 +98,13 @@ class Engine:
         return StepResult(loss, norm, applied, self._advance(), tokens, positions, whole.supervised)
 
     def _run_part(self, batch: MicroBatch, whole: Whole) -> Tensor:
-        with self.precision.autocast():
-            part = self.objective.part(self.model, batch, whole=whole)
+        part = self.objective.part(self.model, batch, whole=whole)
         self.precision.scaler.scale(part).backward()
         return part.detach()
 
     def abandon(self) -> None:
         """Forget the gradients of a step that was not finished."""
-        self.updater.optimizer.zero_grad()
+        self.updater.zero_grad()
 
     def _update(self, loss: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
         scaler = self.precision.scaler
@@ -123,5 +122,5 @@ class Engine:
         rate = self.updater.optimizer.param_groups[0]["lr"]
         if not isinstance(self.schedule, ReduceLROnPlateau):
             self.schedule.step()
-        self.updater.optimizer.zero_grad()
+        self.updater.zero_grad()
         return float(rate)

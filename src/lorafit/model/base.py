@@ -147,6 +147,9 @@ def is_plain_causal(model: nn.Module) -> bool:
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel) or base.config.is_encoder_decoder:
         return False
+    home = next(kind for kind in type(base).__mro__ if "forward" in vars(kind))
+    if not home.__module__.startswith("transformers.") or "forward" in vars(base):
+        return False  # a forward that somebody wrote or changed may make any loss of its own
     if getattr(base.config.get_text_config(), "output_router_logits", False):
         return False
     with _quiet():  # transformers warns of classes that its table lacks, such as GPT-2's
@@ -164,6 +167,12 @@ def declares_causal_loss(model: nn.Module) -> bool:
         return False
     declared = LOSS_MAPPING.get(getattr(base, "loss_type", None) or "") is ForCausalLMLoss
     return declared or is_plain_causal(model)
+
+
+def has_several_labels(model: nn.Module) -> bool:
+    """Whether a row may belong to several classes, so that its labels cannot be smoothed."""
+    config = getattr(unwrap(model), "config", None)
+    return getattr(config, "problem_type", None) == "multi_label_classification"
 
 
 def accepts_count(model: nn.Module) -> bool:

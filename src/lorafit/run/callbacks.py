@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 import transformers
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -52,6 +53,16 @@ class PrinterCallback(transformers.PrinterCallback):
     on_log = _nothing
 
 
+class EmptyCacheCallback(TrainerCallback):
+    """Hands cached GPU memory back every `torch_empty_cache_steps`."""
+
+    def on_step_end(self, *given: Any, **_: Any) -> None:
+        """After a step."""
+        arguments, state, _control = given
+        if state.global_step % arguments.torch_empty_cache_steps == 0:
+            torch.cuda.empty_cache()
+
+
 _OURS = (ProgressCallback, PrinterCallback)
 _THEIRS = (transformers.ProgressCallback, transformers.PrinterCallback)
 
@@ -76,9 +87,14 @@ class Callbacks:
     ) -> None:
         reporters = get_reporting_integration_callbacks(arguments.report_to)
         progress = PrinterCallback if arguments.disable_tqdm else ProgressCallback
+        extra = [EmptyCacheCallback] if arguments.torch_empty_cache_steps else []
         self.arguments = arguments
         self.handler = CallbackHandler(
-            [DefaultFlowCallback, *reporters, *added, progress], model, processing_class, None, None
+            [DefaultFlowCallback, *reporters, *added, progress, *extra],
+            model,
+            processing_class,
+            None,
+            None,
         )
         self.control = TrainerControl()
         self.state: Any = TrainerState(stateful_callbacks=self._stateful())
@@ -100,8 +116,9 @@ class Callbacks:
         self.state.compute_steps(self.arguments, max_steps)
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
         self.state.is_local_process_zero = self.state.is_world_process_zero = True
-        count = getattr(self.handler.model, "num_parameters", None)
-        self._flops_per_position = 6.0 * count(exclude_embeddings=True) if count else 0.0
+        count: Any = getattr(self.handler.model, "num_parameters", None)
+        counted: Any = count(exclude_embeddings=True) if callable(count) else 0
+        self._flops_per_position = 6.0 * counted
 
     def shown(self, **parts: Any) -> None:
         """What callbacks receive by name from now on: model, optimizer, lr_scheduler, ..."""

@@ -170,7 +170,8 @@ def set_random_state(state: Mapping[str, Any]) -> None:
     numpy.random.set_state((kind, words32, position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        # as many as there are here: the run may have been saved where more were visible
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
 
 
 @contextmanager

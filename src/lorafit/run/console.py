@@ -71,8 +71,7 @@ class Console:
         self._bar.start()
 
     def _move_bar(self, event: StepEnd) -> None:
-        rate = event.tokens / max(event.seconds, 1e-9)
-        shown = f"loss {event.loss:.4f} · {rate:,.0f} tokens/s"
+        shown = f"loss {event.loss:.4f} · {event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
         self._bar.update(self._task, completed=event.step, description=shown)
 
 

@@ -42,8 +42,9 @@ class Observers(list[Observer]):
         self.tell(*(Notice(line) for line in lines if line))
 
 
-def watching_gradients(observers: Observers, reached: Reached) -> Observer:
-    """An observer that says, once numbers of a second step are known, which trained tensors no
+@contextmanager
+def watching_gradients(observers: Observers, reached: Reached) -> Generator[None]:
+    """Inside, an observer says, once numbers of a second step are known, which trained tensors no
     gradient has reached; then it leaves.
 
     Raises:
@@ -73,7 +74,13 @@ def watching_gradients(observers: Observers, reached: Reached) -> Observer:
                 f"{steps} steps: {names}"
             )
 
-    return look
+    observers.append(look)
+    try:
+        yield
+    finally:
+        reached.close()
+        if look in observers:
+            observers.remove(look)
 
 
 def evaluated(

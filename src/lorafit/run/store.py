@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorafit.errors import OutputError
 
-MANIFEST = "MANIFEST.json"
+MANIFEST, CARD = "MANIFEST.json", "README.md"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 JOURNAL = "journal.jsonl"
 
@@ -82,6 +82,8 @@ def fault(folder: Path) -> str:
     try:
         listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         for name, entry in listed.items():
+            if name == CARD:  # prose, which peft's save_pretrained writes anew
+                continue
             path = folder / name
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
@@ -122,7 +124,8 @@ def rotate(folder: Path, *, keep: int, protected: set[Path]) -> None:
     manifests = [path / MANIFEST for _, path in checkpoints(folder) if (path / MANIFEST).is_file()]
     ours = [file.parent for file in sorted(manifests, key=lambda file: file.stat().st_mtime_ns)]
     surplus = max(0, len(ours) - max(keep, 1))
-    for path in [path for path in ours[:-1] if path not in protected][:surplus]:
+    safe = {path.resolve() for path in protected}
+    for path in [path for path in ours[:-1] if path.resolve() not in safe][:surplus]:
         condemned = path.with_name(f".{path.name}.deleted-{os.getpid()}")
         path.rename(condemned)
         shutil.rmtree(condemned, ignore_errors=True)

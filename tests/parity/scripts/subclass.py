@@ -1,6 +1,7 @@
 """Subclasses: each method that people override, and what it is given."""
 
 import math
+import os
 
 import torch
 from tests.tiny import collate, llama, plain
@@ -82,7 +83,7 @@ class Evaluating(Trainer):
         return metrics
 
 
-def run(kind, **given):
+def run(kind, collator=collate, **given):
     calls.clear()
     values = {
         "output_dir": "out",
@@ -104,7 +105,7 @@ def run(kind, **given):
         train_dataset=plain(9),
         # one length of rows: the mean over batches is the mean over tokens
         eval_dataset=plain(1) * 4,
-        data_collator=collate,
+        data_collator=collator,
     )
     trainer.train()
     return {"log": trainer.state.log_history, "calls": list(calls)}
@@ -115,6 +116,93 @@ outcome["Evaluating"] = run(
     Evaluating, metric_for_best_model="eval_perplexity", load_best_model_at_end=True,
     save_strategy="epoch", greater_is_better=False,
 )  # fmt: skip
+
+COUNTED = """
+    training_step compute_loss _prepare_inputs prediction_step evaluation_loop evaluate log
+    get_train_dataloader get_eval_dataloader create_optimizer create_scheduler
+    get_decay_parameter_names save_model _save_checkpoint _save _get_train_sampler
+    _get_eval_sampler compute_loss_context_manager
+"""
+
+
+def counting(*names):
+    """A Trainer that counts the calls of these methods and goes on as before."""
+
+    def counted(name):
+        def method(self, *given, **named):
+            calls.append(name)
+            return getattr(Trainer, name)(self, *given, **named)
+
+        return method
+
+    return type("Counting", (Trainer,), {name: counted(name) for name in names})
+
+
+for name in COUNTED.split():
+    made = run(counting(name), save_strategy="epoch", num_train_epochs=1)
+    outcome[f"calls of {name}"] = [len(made["calls"]), made["log"][:4]]
+
+
+class Named(Trainer):
+    """Its own choice of optimiser, by class and arguments; and of folder."""
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(args, model=None):
+        return torch.optim.SGD, {"lr": 0.2}
+
+    def _get_output_dir(self, trial):
+        return "elsewhere"
+
+
+outcome["Named"] = [run(Named, save_strategy="epoch")["log"], sorted(os.listdir("elsewhere"))]
+
+
+class Scaled(Trainer):
+    """A loss that is divided for the whole step by itself, of batches without labels."""
+
+    loss_is_scaled_for_ga = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        calls.append((return_outputs, type(num_items_in_batch).__name__, type(inputs).__name__))
+        inputs = {**inputs, "labels": inputs.pop("targets")}
+        outputs = model(**inputs)
+        loss = outputs.loss / 2
+        return (loss, outputs) if return_outputs else loss
+
+
+def unlabelled(rows):
+    batch = collate(rows)
+    return {**{name: batch[name] for name in ("input_ids", "attention_mask")},
+            "targets": batch["labels"]}  # fmt: skip
+
+
+outcome["Scaled"] = run(
+    Scaled, eval_strategy="no", remove_unused_columns=False, collator=unlabelled
+)
+
+
+class Positional(Trainer):
+    """Its third parameter under another name."""
+
+    def training_step(self, model, inputs, *count):
+        calls.append(len(count))
+        return super().training_step(model, inputs, *count)
+
+
+outcome["Positional"] = run(Positional)
+
+late = Trainer(
+    llama(),
+    TrainingArguments("late", use_cpu=True, report_to="none", max_steps=2, logging_steps=1),
+    train_dataset=plain(4),
+    eval_dataset=plain(1),
+    data_collator=collate,
+)
+late.evaluate()
+whole = late.compute_loss
+late.compute_loss = lambda *given, **named: whole(*given, **named) / 2
+late.train()
+outcome["assigned late"] = late.state.log_history[1:]
 
 plainest = Trainer(llama(), TrainingArguments("out", use_cpu=True, report_to="none"))
 plainest.current_gradient_accumulation_steps = 1
