@@ -69,7 +69,6 @@ class Face:
             kind=optimizer_cls_and_kwargs,
             held_out=eval_dataset,
         )
-        store.make_folder(Path(settings.output_dir))
         self.model_init = model_init
         made = model if model is not None else self.call_model_init()
         self.model: nn.Module = base.place(made, settings.device)
@@ -90,6 +89,7 @@ class Face:
         self.observers = Observers([self._console])
         self._signals = Signals()
         self._precision = precision.choose(settings, settings.device)
+        store.make_folder(Path(settings.output_dir))
         self.accelerator = Accelerator(self._precision, seed=parts.order_seed(settings))
         self._eval_loaders: dict[str, Any] = {}
         self._callbacks = Callbacks(
