@@ -5,7 +5,8 @@
     LorafitError                     what is wrong, why it matters, what to type
     ├── UsageError                   the user's own mistake: the command line exits 2, no traceback
     │   ├── ConfigError              a value, or a set of values, that cannot be run (ValueError)
-    │   │   └── UnknownNameError     a key, flag or keyword that does not exist (TypeError too)
+    │   │   ├── UnknownNameError     a key, flag or keyword that does not exist (TypeError too)
+    │   │   └── MissingMetricError   metric_for_best_model is not among the metrics (KeyError too)
     │   ├── DataError                a file, row or field of the data set (ValueError)
     │   ├── ModelError               a base model, tokenizer or adapter (ValueError)
     │   └── OutputError              the folder to write into (OSError)
@@ -41,6 +42,12 @@ class ConfigError(UsageError, ValueError):
 
 class UnknownNameError(ConfigError, TypeError):
     """A key, flag or keyword argument that does not exist."""
+
+
+class MissingMetricError(ConfigError, KeyError):
+    """`metric_for_best_model` names a metric that no evaluation gave."""
+
+    __str__ = Exception.__str__
 
 
 class DataError(UsageError, ValueError):

@@ -67,7 +67,7 @@ class Face:
             model_init=model_init,
             optimizers=optimizers,
             kind=optimizer_cls_and_kwargs,
-            held_out=eval_dataset,
+            sets=(train_dataset, eval_dataset),
         )
         self.model_init = model_init
         made = model if model is not None else self.call_model_init()

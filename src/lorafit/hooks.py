@@ -194,7 +194,8 @@ class Hooks(Face):
 
     def _objective(self) -> Objective:
         """The loss of this model, found out once, and again where another takes its place."""
-        made_for = (self.model, self.compute_loss_func, vars(self).get("compute_loss"))
+        smoothing = self._settings.label_smoothing_factor
+        made_for = (self.model, self.compute_loss_func, vars(self).get("compute_loss"), smoothing)
         if self._objective_of is None or self._objective_of[0] != made_for:
             self._objective_of = made_for, self._make_objective()
         return self._objective_of[1]

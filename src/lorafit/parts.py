@@ -26,7 +26,7 @@ from lorafit.engine.objective import ComputeLoss, Objective, Whole
 from lorafit.engine.optim import Recipe, Updater
 from lorafit.engine.precision import Precision
 from lorafit.engine.step import Engine
-from lorafit.errors import ConfigError
+from lorafit.errors import ConfigError, MissingMetricError
 from lorafit.model import adapters, base
 from lorafit.run.callbacks import speed_metrics
 from lorafit.run.checkpoint import Position
@@ -58,11 +58,7 @@ def plan(arguments: TrainingArguments, training: loader.Loader, *, done: Positio
     per_epoch, batches = training.steps_per_epoch, training.batches_per_epoch
     if per_epoch is None or batches is None:
         if arguments.max_steps <= 0:
-            raise ConfigError(
-                "The training set is a stream: it has no length, and max_steps is not set.",
-                why="The schedule needs to know how many steps there will be.",
-                fix="Write max_steps=1000, say.",
-            )
+            raise _endless()
         endless = arguments.max_steps * training.per_step
         return Plan(arguments.max_steps, sys.maxsize, None, endless)
     if per_epoch == 0:
@@ -79,6 +75,14 @@ def plan(arguments: TrainingArguments, training: loader.Loader, *, done: Positio
     equivalent = done.epoch * per_epoch + begun
     steps = max(done.step, done.step + math.ceil(passes * per_epoch) - equivalent)
     return Plan(steps, math.ceil(passes), per_epoch, batches)
+
+
+def _endless() -> ConfigError:
+    return ConfigError(
+        "The training set is a stream: it has no length, and max_steps is not set.",
+        why="The schedule needs to know how many steps there will be.",
+        fix="Write max_steps=1000, say.",
+    )
 
 
 def columns_kept(
@@ -218,14 +222,20 @@ def check_given(
     model_init: Any,
     optimizers: tuple[Any, Any],
     kind: tuple[Any, Any] | None,
-    held_out: Any,
+    sets: tuple[Any, Any],
 ) -> None:
     """Nothing, if a Trainer can be made of these.
 
+    Args:
+        sets: Those to train and to evaluate on.
+
     Raises:
-        ConfigError: a model or an optimiser is given twice, or no model; or no evaluation set where
-            evaluations are asked for.
+        ConfigError: a model or an optimiser is given twice, or no model; no evaluation set where
+            evaluations are asked for; a stream without max_steps.
     """
+    train, held_out = sets
+    if train is not None and arguments.max_steps <= 0 and loader.length_of(train) is None:
+        raise _endless()
     if arguments.eval_strategy != "no" and held_out is None:
         raise ConfigError(
             f"eval_strategy={arguments.eval_strategy!r}, and there is no eval_dataset.",
@@ -389,12 +399,12 @@ def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) 
     """The value of `metric_for_best_model`.
 
     Raises:
-        ConfigError: it is not among `metrics`.
+        MissingMetricError: it is not among `metrics`.
     """
     name = arguments.metric_for_best_model or "loss"
     name = name if name.startswith("eval_") else f"eval_{name}"
     if name not in metrics:
-        raise ConfigError(
+        raise MissingMetricError(
             f"metric_for_best_model={name!r} is not among the metrics: {', '.join(metrics)}.",
             fix="Name one of them.",
         )

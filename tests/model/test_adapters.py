@@ -384,3 +384,23 @@ def test_a_whole_transformers_model_comes_back(stories: str, tmp_path: Path) -> 
     adapters.load_adapter_state(other, adapters.read_adapter_state(tmp_path))
     assert torch.equal(logits(other), logits(model))
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+
+
+def test_a_module_that_loads_itself_is_asked_to(tmp_path: Path) -> None:
+    class Grows(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = torch.nn.Parameter(torch.zeros(1))
+            self.register_buffer("seen", torch.empty(0))
+
+        def load_state_dict(
+            self, state_dict: Any, strict: bool = True, assign: bool = False
+        ) -> Any:
+            self.seen = state_dict["seen"].clone()
+            return super().load_state_dict(state_dict, strict, assign)
+
+    model, other = Grows(), Grows()
+    model.seen = torch.ones(3)
+    adapters.save_adapter(model, tmp_path)
+    adapters.restore(other, tmp_path)
+    assert torch.equal(other.seen, model.seen)
