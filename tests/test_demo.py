@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from lorafit import demo, job
+from lorafit.data import docstrings
 from lorafit.data.docstrings import begins_like_a_docstring
-from lorafit.data.read import Row
+from lorafit.data.read import Source
 from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base, open_adapter
 from lorafit.events import Evaluated, Event
 
@@ -18,9 +19,9 @@ pytestmark = pytest.mark.slow
 BASE = Path(str(files("lorafit") / "assets" / "base"))
 
 
-def train(folder: Path, rows: job.Rows) -> list[float]:
+def train(folder: Path, given: tuple[Source, Source]) -> list[float]:
     """Evaluation losses in order, the first before training."""
-    prepared = job.prepare(demo.settings(folder, BASE), rows)
+    prepared = job.prepare(demo.settings(folder, BASE), given)
     losses: list[float] = []
 
     def note(event: Event) -> None:
@@ -37,23 +38,20 @@ def begun(answers: list[Answer]) -> int:
 
 
 def test_pass_marks(tmp_path: Path) -> None:
-    rows = demo.rows()
-    losses = train(tmp_path / "true", rows)
+    learned, held = docstrings.pairs()
+    losses = train(tmp_path / "true", demo.sources(learned, held))
     assert losses[0] - min(losses[1:]) >= 0.5
 
     tuned = open_adapter(str(tmp_path / "true"), base=str(BASE))
-    questions = [row.fields["question"] for row in rows.evaluation]
+    questions = [pair.question for pair in held]
     sampling = Sampling(max_new_tokens=64)
     after = answer(tuned, questions, sampling=sampling)
     assert sum(one.stopped for one in after) >= 90
     assert begun(after) >= 80
     assert begun(answer_with_base(tuned, questions, sampling=sampling)) <= 20
 
-    answers = [row.fields["answer"] for row in rows.train]
+    answers = [pair.answer for pair in learned]
     random.Random(0).shuffle(answers)
-    shuffled = [
-        Row({**row.fields, "answer": text}, row.source)
-        for row, text in zip(rows.train, answers, strict=True)
-    ]
-    wrong = train(tmp_path / "shuffled", replace(rows, train=shuffled))
+    shuffled = [replace(pair, answer=text) for pair, text in zip(learned, answers, strict=True)]
+    wrong = train(tmp_path / "shuffled", demo.sources(shuffled, held))
     assert min(wrong[1:]) > min(losses[1:])

@@ -25,7 +25,7 @@ PACKAGE = ROOT / "src" / "lorafit"
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 9_000, 14_000
 ROOM_CODE = {  # "" is the files at the top, together
     "": 3_200,
-    "data": 1_400,
+    "data": 2_300,
     "model": 900,
     "kernels": 1_200,
     "engine": 1_500,
@@ -101,7 +101,7 @@ DYNAMIC_FUNCTIONS = {
     "hooks.py": 1,
     "arguments.py": 1,  # docs/decisions/0001-rooms.md: old names must be understood when given
     "panel.py": 1,  # the constructor itself
-    "cli.py": 2,  # the options of three panels, and the wrapper that passes them on
+    "cli.py": 3,  # the options of three panels in two verbs, and the wrapper that passes them on
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "numpy"}
 

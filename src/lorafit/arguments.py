@@ -33,7 +33,9 @@ SCHEDULES = (
     "warmup_stable_decay", "reduce_lr_on_plateau",
 )  # fmt: skip
 LOG_LEVELS = ("passive", "debug", "info", "warning", "error", "critical", "detail")
-SHAPES = ("auto", "messages", "conversations", "instruction", "question", "completion", "text")
+SHAPES = (
+    "auto", "messages", "conversations", "instruction", "question", "completion", "text", "tokens",
+)  # fmt: skip
 INTERVALS = ("no", "steps", "epoch")
 FROM_0, FROM_1, PART = (0, None), (1, None), (0, 1)
 PYTHON_ONLY = "Python only"
@@ -88,8 +90,16 @@ class ModelArguments(Panel):
 class DataArguments(Panel):
     """The examples, and what is done with them before training."""
 
-    data: str = _data("", "Training data: a jsonl, json, csv or parquet file, a folder, or a name.")
+    data: str = _data(
+        "",
+        "Training data: jsonl, json, csv, txt or parquet files with commas between, a folder of "
+        "them, a name on the Hub, or - for standard input.",
+    )
+    data_weights: str | list[str] | None = _data(
+        None, "How often each of several is learned in an epoch, such as 1,0.5; none: once."
+    )
     eval_data: str = _data("", "Evaluation data; empty: some rows of the training data.")
+    eval_split: str = _data("", "Split that is evaluated, of --eval-data or else of --data.")
     eval_share: float = _data(
         0.1, "Part of the data held back to evaluate, at most 1000 rows; 0: none.", span=PART
     )
@@ -97,7 +107,13 @@ class DataArguments(Panel):
     shape: str = _data("auto", "How a row is laid out; auto looks at its fields.", choices=SHAPES)
     prompt_field: str = _data("", "The row's field that holds the prompt; empty: by shape.")
     answer_field: str = _data("", "The row's field that holds the answer; empty: by shape.")
-    supervise: str = _data("answers", "Which tokens carry loss.", choices=("answers", "all"))
+    supervise: str = _data(
+        "answers",
+        "Which tokens carry loss: the assistant's answers, its last answer, every turn but the "
+        "system's, or all.",
+        choices=("answers", "last", "turns", "all"),
+    )
+    skip_bad_rows: bool = _data(False, "Leave out rows that cannot be used, and count them.")
     max_rows: int = _data(0, "Train on at most so many; 0: all.", unit="rows", span=FROM_0)
     max_eval_rows: int = _data(0, "Evaluate on at most so many; 0: all.", unit="rows", span=FROM_0)
     max_length: int = _rows(

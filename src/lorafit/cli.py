@@ -6,6 +6,7 @@ once. The only file that turns errors into exit codes: 2 for the user's mistake,
 """
 
 import inspect
+import json
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -127,6 +128,35 @@ def train(
     folder = prepared.run()
     terminal = Terminal(highlight=False, soft_wrap=True)
     terminal.print(f"Ask it: lorafit generate --adapter {shlex.quote(str(folder))} --prompt ...")
+
+
+@app.command()
+@_with_options
+@_exits
+def check(
+    settings: Annotated[
+        Path | None, typer.Argument(help="A YAML file of arguments; flags win over it.")
+    ] = None,
+    *,
+    as_json: Annotated[bool, typer.Option("--json", help="The report for machines.")] = False,
+    **given: Any,
+) -> None:
+    """Report on the data, no weight read: lorafit check --model FOLDER_OR_ID --data FILE
+
+    Exits with 1 where something would hurt the training."""
+    flags = {name: value for name, value in given.items() if value is not None}
+    resolved = config.load(settings, flags)
+    from lorafit import job
+    from lorafit.run.console import show_report
+
+    report, notices = job.check(resolved)
+    terminal = Terminal(highlight=False, soft_wrap=True)
+    if as_json:
+        terminal.print(json.dumps(report.as_dict(), indent=2), markup=False)
+    else:
+        show_report(terminal, report, notices=notices)
+    if report.harms:
+        raise typer.Exit(1)
 
 
 def _resume_command() -> str:

@@ -11,8 +11,8 @@ from pathlib import Path
 from rich.console import Console as Terminal
 
 from lorafit import config, job
-from lorafit.data import docstrings, formats
-from lorafit.data.read import Row
+from lorafit.data import docstrings, read
+from lorafit.data.read import Source
 from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base
 from lorafit.events import Evaluated, Event
 from lorafit.model import adapters
@@ -29,8 +29,9 @@ def run(folder: Path, *, overwrite: bool = False) -> None:
     """
     terminal = Terminal(highlight=False, soft_wrap=True)
     with as_file(files("lorafit") / "assets" / "base") as base:
-        data = rows()
-        prepared = job.prepare(settings(folder, base, overwrite=overwrite), data)
+        learned, evaluation = docstrings.pairs()
+        given = sources(learned, evaluation)
+        prepared = job.prepare(settings(folder, base, overwrite=overwrite), given)
         readings: list[float] = []
         prepared.trainer.observers.append(lambda event: _note_reading(event, readings))
         terminal.print(
@@ -40,7 +41,7 @@ def run(folder: Path, *, overwrite: bool = False) -> None:
         )
         trained = prepared.run()
         tuned = adapters.load_tuned(trained, base=str(base))
-        questions = [row.fields["question"] for row in data.evaluation[:SHOWN]]
+        questions = [pair.question for pair in evaluation[:SHOWN]]
         sampling = Sampling(max_new_tokens=64)
         before = answer_with_base(tuned, questions, sampling=sampling)
         after = answer(tuned, questions, sampling=sampling)
@@ -72,19 +73,16 @@ def settings(folder: Path, base: Path, *, overwrite: bool = False) -> config.Set
     )
 
 
-def rows() -> job.Rows:
-    """The embedded data as rows: 500 to train on, 100 from held-out modules to evaluate on."""
-    train, evaluation = docstrings.pairs()
-    learned = _as_rows(train)
-    note = f"{len(train)} + {len(evaluation)} rows of this Python's standard library"
-    return job.Rows(learned, _as_rows(evaluation), formats.detect(learned), note)
+def sources(
+    learned: Sequence[docstrings.QuestionAnswer], evaluation: Sequence[docstrings.QuestionAnswer]
+) -> tuple[Source, Source]:
+    """Questions and answers as training and evaluation data."""
+    return _source("the standard library", learned), _source("held-out modules", evaluation)
 
 
-def _as_rows(pairs: Sequence[docstrings.QuestionAnswer]) -> list[Row]:
-    return [
-        Row({"question": pair.question, "answer": pair.answer}, f"{pair.module}:{pair.line}")
-        for pair in pairs
-    ]
+def _source(name: str, pairs: Sequence[docstrings.QuestionAnswer]) -> Source:
+    rows = [{"question": pair.question, "answer": pair.answer} for pair in pairs]
+    return read.given(rows, [f"{pair.module}:{pair.line}" for pair in pairs], label=name)
 
 
 def _note_reading(event: Event, readings: list[float]) -> None:

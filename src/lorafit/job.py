@@ -4,34 +4,23 @@ Everything that can be wrong in a user's settings, files and folders is found he
 is written. Knows the order of the rooms, not what happens inside them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lorafit import compat
-from lorafit.arguments import DataArguments
 from lorafit.config import Settings, dump
-from lorafit.data import examples, formats, read, template
+from lorafit.data import audit, sets, template
+from lorafit.data.audit import Audit
 from lorafit.data.collate import PadCollator
-from lorafit.data.examples import Truncation
-from lorafit.data.read import Row
-from lorafit.data.template import Supervise
+from lorafit.data.read import Source
+from lorafit.data.sets import Sets
 from lorafit.errors import ConfigError
 from lorafit.model import adapters, base
 from lorafit.run import store
+from lorafit.run.console import counting
 from lorafit.trainer import Trainer
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a run trains on and evaluates on, all of one shape; `note` says where it came from."""
-
-    train: Sequence[Row]
-    evaluation: Sequence[Row]
-    shape: formats.Shape
-    note: str
 
 
 @dataclass(frozen=True)
@@ -56,74 +45,87 @@ class Job:
         return folder
 
 
-def prepare(settings: Settings, rows: Rows | None = None) -> Job:
+def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> Job:
     """Read, encode, load, attach.
 
     Args:
-        rows: The data, where it does not come from files.
+        given: Training and evaluation data, where they do not come from files.
 
     Raises:
         UsageError: whatever the user got wrong, before anything is written.
     """
     check_folder(settings)
     base.check_base(settings.model.model)
-    data, chosen = settings.data, settings.model
-    rows = rows or read_rows(data, seed=settings.training.seed)
-    _check_evaluation(rows, settings)
-    shape = rows.shape
-    tokenizer = base.load_tokenizer(
-        chosen.model, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
-    )
-    stops = template.stop_ids(tokenizer, is_chat=shape.is_chat)
-    # a plain template travels with the adapter, as the tokenizer's own does
-    tokenizer.chat_template = template.chat_template_of(tokenizer)
-    model = base.load_model(chosen)
-    limit = data.max_length or base.context_length(model)
-    train = _encoded(rows.train, shape, tokenizer=tokenizer, data=data, limit=limit)
-    held = rows.evaluation
-    evaluation = (
-        _encoded(held, shape, tokenizer=tokenizer, data=data, limit=limit) if held else None
-    )
+    data, tokenizer = make_sets(settings, given)
+    _check_evaluation(data, settings)
+    report = _audited(data, tokenizer, settings=settings)
+    model = base.load_model(settings.model)
     # the adapter's first weights are drawn here, before the trainer seeds its own run
     compat.set_seed(settings.training.seed, deterministic=settings.training.full_determinism)
     trainer = Trainer(
-        model=adapters.attach(model, chosen),
+        model=adapters.attach(model, settings.model),
         args=settings.training,
-        data_collator=PadCollator(stops[0], side=tokenizer.padding_side),
-        train_dataset=_features(train.examples),
-        eval_dataset=_features(evaluation.examples) if evaluation else None,
+        data_collator=PadCollator(data.stops[0], side=tokenizer.padding_side),
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
         processing_class=tokenizer,
     )
     trainer.contract |= {
-        "shape": "chat" if shape.is_chat else "raw",
+        "shape": "chat" if data.shape.is_chat else "raw",
         "chat_template": tokenizer.chat_template,
-        "stop_ids": list(stops),
-        "data": {"rows": rows.note, **_fingerprint(data.data)},
+        "stop_ids": list(data.stops),
+        "data": {"sources": list(report.sources), "sha256": data.fingerprint},
         "lorafit": version("lorafit"),
     }
-    notes = (
-        f"{rows.note}; {shape}",
-        f"train: {train.report}",
-        f"evaluation: {evaluation.report if evaluation else 'none'}",
-        *settings.notices,
+    return Job(trainer, settings, (*report.summary(), *settings.notices))
+
+
+def make_sets(settings: Settings, given: tuple[Source, Source] | None = None) -> tuple[Sets, Any]:
+    """The examples, and the tokenizer that made them; no weight is read.
+
+    Raises:
+        UsageError: something in data or tokenizer cannot be used.
+    """
+    chosen = settings.model
+    tokenizer = base.load_tokenizer(
+        chosen.model, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
     )
-    return Job(trainer, settings, notes)
+    # a plain template travels with the adapter, as the tokenizer's own does
+    tokenizer.chat_template = tokenizer.chat_template or template.chat_template_of(tokenizer)
+    with counting("examples") as moved:
+        maker = sets.Maker(
+            settings.data,
+            tokenizer,
+            identity=base.tokenizer_identity(tokenizer),
+            limit=base.context_of(chosen, tokenizer),
+            moved=moved,
+        )
+        return sets.make(maker, seed=settings.training.seed, given=given), tokenizer
 
 
-def _check_evaluation(rows: Rows, settings: Settings) -> None:
-    if not rows.evaluation and settings.training.eval_strategy != "no":
+def check(settings: Settings) -> tuple[Audit, tuple[str, ...]]:
+    """The report on the data that a run with these settings would learn from, and its notices.
+
+    Raises:
+        UsageError: something in data or tokenizer cannot be used.
+    """
+    data, tokenizer = make_sets(settings)
+    return _audited(data, tokenizer, settings=settings), settings.notices
+
+
+def _audited(data: Sets, tokenizer: Any, *, settings: Settings) -> Audit:
+    size = settings.training.per_device_train_batch_size
+    return audit.audit(data, tokenizer, batch_size=size)
+
+
+def _check_evaluation(data: Sets, settings: Settings) -> None:
+    if not data.evaluation and settings.training.eval_strategy != "no":
         raise ConfigError(
             "eval_share=0 holds nothing back, and eval_strategy="
             f"{settings.training.eval_strategy!r} needs an evaluation set.",
             why="Without one nobody can say when the adapter begins to memorise.",
             fix="Leave --eval-share out, name --eval-data, or write --eval-strategy no.",
         )
-
-
-def _fingerprint(name: str) -> dict[str, str]:
-    """The hash of a data file; nothing for folders and Hub names."""
-    file = Path(name)
-    return {"sha256": store.sha256(file)} if file.is_file() else {}
 
 
 def check_folder(settings: Settings) -> None:
@@ -136,44 +138,3 @@ def check_folder(settings: Settings) -> None:
     store.check_writable(folder)
     if not (settings.training.overwrite or settings.training.resume_from_checkpoint):
         store.check_free(folder)
-
-
-def read_rows(data: DataArguments, *, seed: int) -> Rows:
-    """The rows that `data` names; some are held back where it names none to evaluate on."""
-    rows = read.read_rows(data.data, split=data.split)
-    held = read.read_rows(data.eval_data, split=data.split) if data.eval_data else []
-    shape = formats.detect(
-        [*rows, *held],
-        wanted=data.shape,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-    )
-    where = data.data
-    if held:
-        where += f", evaluated on {data.eval_data}"
-    elif data.eval_share:
-        rows, held = examples.hold_out(rows, share=data.eval_share, seed=seed)
-        where += ", some held back to evaluate on"
-    rows, held = rows[: data.max_rows or None], held[: data.max_eval_rows or None]
-    return Rows(rows, held, shape, f"{len(rows):,} + {len(held):,} rows of {where}")
-
-
-def _encoded(
-    rows: Sequence[Row],
-    shape: formats.Shape,
-    *,
-    tokenizer: Any,
-    data: DataArguments,
-    limit: int | None,
-) -> examples.Built:
-    return examples.build(
-        [formats.sample(row, shape) for row in rows],
-        tokenizer,
-        max_length=limit,
-        truncation=cast(Truncation, data.truncation),
-        supervise=cast(Supervise, data.supervise),
-    )
-
-
-def _features(built: Sequence[examples.Example]) -> list[dict[str, Any]]:
-    return [{"input_ids": example.ids, "labels": example.labels} for example in built]

@@ -1,19 +1,55 @@
 """Examples of bounded length; nothing that is lost on the way goes uncounted."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
-from lorafit.data.examples import Truncation, build, hold_out
+from lorafit.data import examples
+from lorafit.data.examples import Example, Policy, Report, Truncation, held_out
 from lorafit.data.formats import Message, Sample
+from lorafit.data.parse import Faults
+from lorafit.data.template import Encoder, Supervise
 from lorafit.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
 def tokenizer(shared: Path) -> Any:
     return AutoTokenizer.from_pretrained(shared / "tokenizers/tinyllama-chat")
+
+
+@dataclass
+class Built:
+    """The examples, what became of the rows, and what was skipped."""
+
+    examples: list[Example]
+    report: Report
+    faults: Faults
+
+
+def build(
+    samples: Sequence[Sample],
+    tokenizer: Any,
+    *,
+    max_length: int | None = None,
+    truncation: Truncation = "cut_tail",
+    supervise: Supervise = "answers",
+    skip: bool = False,
+) -> Built:
+    is_chat = any(sample.messages for sample in samples)
+    kept = vars(tokenizer).setdefault("encoders", {})  # trying the template takes a process
+    if (is_chat, supervise) not in kept:
+        kept[is_chat, supervise] = Encoder(tokenizer, is_chat=is_chat, supervise=supervise)
+    encoder = kept[is_chat, supervise]
+    built = Built([], Report(), Faults(skip=skip))
+    policy = Policy(max_length, truncation)
+    built.examples += examples.build(
+        samples, encoder, policy=policy, faults=built.faults, report=built.report
+    )
+    return built
 
 
 def completion(prompt: int, answer: int, line: int = 1) -> Sample:
@@ -123,25 +159,32 @@ def test_rows_without_a_supervised_token_are_an_error(tokenizer: Any) -> None:
         build([], tokenizer)
 
 
+def test_rows_that_cannot_be_used_are_skipped_and_counted_when_asked(tokenizer: Any) -> None:
+    samples = [completion(2, 2), completion(9, 2, 2), chat(("one", "two"))]
+    built = build(samples[:2], tokenizer, max_length=6, skip=True)
+    assert len(built.examples) == 1 and built.faults.count == 1
+    assert built.faults.named == ["a.jsonl:2: no token of this row is supervised."]
+    built = build(samples[:2], tokenizer, max_length=8, truncation="error", skip=True)
+    assert len(built.examples) == 1 and "13 tokens, the limit is 8" in built.faults.named[0]
+
+
 @pytest.mark.parametrize(
     ("count", "share", "held"), [(100, 0.1, 10), (2, 0.01, 1), (3, 0.99, 2), (50_000, 0.1, 1_000)]
 )
 def test_evaluation_rows_are_held_back(count: int, share: float, held: int) -> None:
-    train, evaluation = hold_out(range(count), share=share, seed=3)
-    assert len(evaluation) == held
-    assert sorted(train + evaluation) == list(range(count))
-    assert train == sorted(train)
-    assert evaluation == sorted(evaluation)
-    assert (train, evaluation) == hold_out(range(count), share=share, seed=3)
+    rows = held_out(count, share=share, seed=3)
+    assert len(rows) == len(set(rows)) == held and rows == sorted(rows)
+    assert rows[0] >= 0 and rows[-1] < count
+    assert rows == held_out(count, share=share, seed=3)
 
 
 def test_the_seed_chooses_the_evaluation_rows() -> None:
-    assert hold_out(range(100), share=0.1, seed=1) != hold_out(range(100), share=0.1, seed=2)
+    assert held_out(100, share=0.1, seed=1) != held_out(100, share=0.1, seed=2)
 
 
 def test_splits_that_cannot_be_are_refused() -> None:
     with pytest.raises(DataError, match="1 rows cannot be split"):
-        hold_out([1], share=0.5, seed=0)
+        held_out(1, share=0.5, seed=0)
     for share in (0, 1, -0.1, float("nan")):
         with pytest.raises(ConfigError, match="not between 0 and 1"):
-            hold_out([1, 2], share=share, seed=0)
+            held_out(2, share=share, seed=0)

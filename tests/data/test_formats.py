@@ -1,10 +1,11 @@
 """Each shape becomes the right sample; whatever would be lost in silence is refused by name."""
 
+import json
 from typing import Any
 
 import pytest
 
-from lorafit.data.formats import Message, Sample, Shape, detect, sample
+from lorafit.data.formats import Message, Sample, Shape, check, sample, shape_of
 from lorafit.data.read import Row
 from lorafit.errors import DataError
 
@@ -70,38 +71,122 @@ def turns(*pairs: tuple[str, object], **extra: object) -> list[dict[str, object]
 )
 def test_chat_shapes(fields: dict[str, Any], shape: str, expected: tuple[Message, ...]) -> None:
     (row,) = rows(fields)
-    found = detect([row])
+    found = shape_of(row)
     assert (str(found), found.is_chat) == (shape, True)
     assert sample(row, found) == Sample("a.jsonl:1", messages=expected)
 
 
 def test_raw_shapes() -> None:
     (row,) = rows({"prompt": "2+2=", "completion": "4"})
-    assert not detect([row]).is_chat
-    assert sample(row, detect([row])) == Sample("a.jsonl:1", prompt="2+2=", completion="4")
+    assert not shape_of(row).is_chat
+    assert sample(row, shape_of(row)) == Sample("a.jsonl:1", prompt="2+2=", completion="4")
     (row,) = rows({"text": "Once."})
-    assert not detect([row]).is_chat
-    assert sample(row, detect([row])) == Sample("a.jsonl:1", text="Once.")
+    assert not shape_of(row).is_chat
+    assert sample(row, shape_of(row)) == Sample("a.jsonl:1", text="Once.")
 
 
 def test_fields_under_the_users_own_names() -> None:
     (row,) = rows({"text": "Hi", "category": "Hello", "answer": "no"})
-    shape = detect([row], prompt_field="text", answer_field="category")
-    assert shape == Shape("question", ("text", "category"))
+    shape = shape_of(row, prompt_field="text", answer_field="category")
+    assert shape == Shape("question", ("text", "category"), "a.jsonl:1")
     assert sample(row, shape).messages == (USER, ANSWER)
-    assert detect([row], prompt_field="text").fields == ("text", "answer")
+    assert shape_of(row, prompt_field="text").fields == ("text", "answer")
 
 
-def test_all_rows_are_looked_at() -> None:
-    question, text = {"question": "Hi", "answer": "Hello"}, {"text": "Once."}
-    with pytest.raises(DataError, match=r"a.jsonl:3: this row has no 'question' .* has: text"):
-        detect(rows(question, question, text))
-    with pytest.raises(DataError, match=r"a.jsonl:2: this row has no 'answer'; it has: question"):
-        detect(rows(question, {"question": "Hi", "answer": None}))
-    with pytest.raises(DataError, match=r"a.jsonl:1: this row has no 'intent'; it has: text"):
-        detect(rows(text), prompt_field="text", answer_field="intent")
+def test_every_row_has_the_shape_of_the_first() -> None:
+    first, second = rows({"question": "Hi", "answer": "Hello"}, {"text": "Once."})
+    shape = shape_of(first)
+    check(first, shape)
+    with pytest.raises(DataError, match=r"a.jsonl:2: this row has no 'question' .* has: text"):
+        sample(second, shape)
+    (half,) = rows({"question": "Hi", "answer": None})
+    with pytest.raises(DataError, match=r"the shape of a.jsonl:1") as raised:
+        check(Row(half.fields, "a.jsonl:9"), shape)
+    assert "a.jsonl:9: this row has no 'answer'; it has: question" in raised.value.what
+    with pytest.raises(DataError, match=r"a.jsonl:2: this row has no 'intent'; it has: text"):
+        shape_of(second, prompt_field="text", answer_field="intent")
+    (other,) = rows({"frage": "Hi", "antwort": "Hello"})
     with pytest.raises(DataError, match=r"a.jsonl:1: the shape .* not known; it has: frage, antw"):
-        detect(rows({"frage": "Hi", "antwort": "Hello"}))
+        shape_of(other)
+    with pytest.raises(DataError, match=r"has no 'messages'; it has: frage"):
+        shape_of(other, wanted="messages")
+
+
+def test_more_names_for_questions_and_answers() -> None:
+    for fields in (
+        {"instruction": "Hi", "response": "Hello", "context": ""},
+        {"prompt": "Hi", "response": "Hello"},
+        {"query": "Hi", "response": "Hello"},
+        {"question": "Hi", "response": "Hello"},
+        {"input": "Hi", "output": "Hello"},
+        {"prompt": turns(("user", "Hi")), "completion": turns(("assistant", "Hello"))},
+    ):
+        (row,) = rows(fields)
+        assert sample(row, shape_of(row)).messages == (USER, ANSWER), fields
+    (row,) = rows({"instruction": "Hi", "response": "Hello", "context": "there"})
+    assert sample(row, shape_of(row)).messages[0] == Message("user", "Hi\n\nthere")
+
+
+def test_history_comes_first_and_a_prompts_answers_are_not_learned() -> None:
+    (row,) = rows({"instruction": "a", "output": "Hello", "history": [["Hi", "b"]]})
+    asked = (USER, Message("assistant", "b"), Message("user", "a"), ANSWER)
+    assert sample(row, shape_of(row)).messages == asked
+    prompt = turns(("user", "Hi"), ("assistant", "b"), ("user", "a"))
+    (row,) = rows({"prompt": prompt, "completion": turns(("assistant", "Hello"))})
+    made = sample(row, shape_of(row)).messages
+    assert [message.learned for message in made if message.is_answer] == [False, True]
+
+
+def test_tools_and_their_calls() -> None:
+    bare = {"name": "add", "parameters": {}}
+    wrapped = {"type": "function", "function": bare}
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    openai = [
+        {"role": "developer", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1", "name": "add"},
+        {"role": "assistant", "content": "Hello"},
+    ]
+    glaive = [
+        {"from": "system", "value": "Be kind."},
+        {"from": "human", "value": "Hi"},
+        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1}}'},
+        {"from": "observation", "value": "2", "name": "add"},
+        {"from": "gpt", "value": "Hello"},
+    ]
+    expected = (
+        Message("system", "Be kind."),
+        USER,
+        Message("assistant", "", calls=({"name": "add", "arguments": {"a": 1}},)),
+        Message("tool", "2", name="add"),
+        ANSWER,
+    )
+    for fields in (
+        {"messages": openai, "tools": [wrapped]},
+        {"conversations": glaive, "tools": json.dumps([bare])},
+        {"messages": openai, "functions": [bare]},
+    ):
+        (row,) = rows(fields)
+        made = sample(row, shape_of(row))
+        assert (made.messages, made.tools) == (expected, (wrapped,))
+    assert expected[2].as_dict()["tool_calls"][0]["function"]["name"] == "add"
+
+
+def test_weights_choose_which_answers_are_learned() -> None:
+    said = [*turns(("user", "Hi"), weight=0), *turns(("assistant", "a"), train=False)]
+    (row,) = rows({"messages": [*said, *turns(("user", "Hi")), *turns(("assistant", "Hello"))]})
+    made = sample(row, shape_of(row)).messages
+    assert [message.learned for message in made if message.is_answer] == [False, True]
+
+
+def test_rows_that_were_tokenised_before() -> None:
+    (row,) = rows({"input_ids": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0]})
+    shape = shape_of(row)
+    assert not shape.is_chat
+    assert sample(row, shape) == Sample("a.jsonl:1", ids=(5, 6, 7), labels=(5, 6, 7))
+    (row,) = rows({"input_ids": [5, 6], "labels": [-100, 6]})
+    assert sample(row, shape).labels == (-100, 6)
 
 
 @pytest.mark.parametrize(
@@ -119,16 +204,24 @@ def test_all_rows_are_looked_at() -> None:
         ({"messages": turns(("user", "Hi"), ("assistant", ""))}, "turn 2: 'content' is empty"),
         ({"messages": turns(("user", "Hi"), ("assistant", None))}, "turn 2: 'content' is empty"),
         ({"messages": turns(("user", "Hi"), ("robot", "Hello"))}, "turn 2: the role 'robot'"),
-        ({"conversations": [{"from": "observation", "value": "1"}]}, "turn 1: the role 'observ"),
-        ({"messages": turns(("assistant", "Hello"), weight=0)}, "turn 1: weight is 0"),
+        ({"conversations": [{"from": "observation", "value": "1"}]}, "this conversation has no"),
+        ({"messages": turns(("assistant", "Hello"), weight=0)}, "this conversation has no answer"),
+        ({"messages": turns(("assistant", "Hello"), weight=0.5)}, "turn 1: weight is 0.5"),
+        ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids go with 1 labels"),
+        ({"input_ids": [1, 2], "labels": [2, 2]}, "2 input_ids go with 2 labels"),
+        ({"input_ids": "1 2"}, "'input_ids' holds '1 2' where a list of whole numbers"),
         ({"messages": turns(("user", "Hello"), loss_weight=1)}, "turn 1: loss_weight is 1"),
-        ({"messages": turns(("assistant", "a"), tool_calls=[{"id": 1}])}, "'tool_calls' holds"),
-        ({"messages": turns(("assistant", "a")), "tools": [{"name": "f"}]}, "'tools' holds"),
+        (
+            {"messages": turns(("assistant", "a"), tool_calls=[{"id": 1}])},
+            "a call of a tool must have a name",
+        ),
+        ({"messages": turns(("assistant", "a")), "tools": [{"n": "f"}]}, "a tool has no name"),
+        ({"messages": turns(("assistant", "a")), "tools": "{"}, r"'\{' is not JSON"),
         ({"messages": turns(("assistant", [{"type": "image", "url": "a"}]))}, "'content' holds"),
-        ({"instruction": "a", "output": "b", "history": [["c", "d"]]}, "'history' holds"),
+        ({"instruction": "a", "output": "b", "history": ["c"]}, "'history' must hold pairs"),
     ],
 )
 def test_nothing_is_left_out_in_silence(fields: dict[str, Any], message: str) -> None:
     (row,) = rows(fields)
     with pytest.raises(DataError, match=rf"^a.jsonl:1: (.*: )?{message}"):
-        sample(row, detect([row]))
+        sample(row, shape_of(row))

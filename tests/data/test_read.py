@@ -1,12 +1,15 @@
 """Rows know their file and line; whatever cannot be read is named with file, line and column."""
 
+import gzip
+import io
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from lorafit.data.read import read_rows
+from lorafit.data.read import Faults, Source, locate, read_rows
 from lorafit.errors import DataError
 
 
@@ -14,6 +17,10 @@ def write(folder: Path, name: str, content: str | bytes) -> Path:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return path
+
+
+def sources(source: Source) -> list[str]:
+    return [row.source for row in source.rows(Faults())]
 
 
 def read(path: Path) -> list[tuple[dict[str, object], str]]:
@@ -92,6 +99,169 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
         read_rows(tmp_path)
 
 
+def test_packed_files_of_a_folder_count_as_what_they_hold(tmp_path: Path) -> None:
+    write(tmp_path, "train-1.jsonl.gz", gzip.compress(b'{"t": 1}'))
+    write(tmp_path, "train-2.ndjson", '{"t": 2}')
+    write(tmp_path, ".train-3.jsonl", "what another system left behind")
+    assert [source for _, source in read(tmp_path)] == ["train-1.jsonl.gz:1", "train-2.ndjson:1"]
+    write(tmp_path, "train-1.jsonl", '{"t": 1}')
+    with pytest.raises(
+        DataError, match=r"a file packed and unpacked: train-1\.jsonl, train-1\.jsonl\.gz"
+    ):
+        read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "found"),
+    [
+        (["dataset_infos.json", "data/train-1.jsonl", "data/test-1.jsonl"], "test", ["test-1"]),
+        (["train/one.jsonl", "train/two.jsonl", "dev/one.jsonl"], "train", ["one", "two"]),
+        (["text/a.jsonl", "empty/README.md"], "train", ["a"]),
+        (["a.jsonl", "old/train.jsonl"], "train", ["a"]),
+        (["en/train.jsonl", "fr/train.jsonl"], "train", "several folders of data: en/train"),
+        (["en/a.jsonl", "fr/a.jsonl"], "train", "several folders of data: en/a"),
+        (["data/train-1.jsonl"], "dev", "split 'dev'.\nIt holds: data/train-1.jsonl"),
+        (["one/two/train.jsonl"], "train", "no data file .*\nIt holds: one."),
+    ],
+)
+def test_a_folder_may_lie_in_the_folder(
+    tmp_path: Path, names: list[str], split: str, found: list[str] | str
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path, name, '{"t": 1}')
+    if isinstance(found, str):
+        with pytest.raises(DataError, match=found):
+            locate(tmp_path, split=split)
+    else:
+        assert sources(locate(tmp_path, split=split)) == [f"{name}.jsonl:1" for name in found]
+
+
+def test_sources_start_afresh_and_know_their_bytes(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        write(folder, "train.jsonl", '{"t": 1}\n{"t": 2}')
+        write(folder, "test.jsonl", '{"t": 1}\n{"t": 2}')
+    source = locate(first)
+    assert source.label == str(first)
+    assert sources(source) == sources(source) == ["train.jsonl:1", "train.jsonl:2"]
+    assert len(source.fingerprint()) == 64
+    assert source.fingerprint() == locate(second).fingerprint()
+    assert source.fingerprint() != locate(second, split="test").fingerprint()
+    write(second, "train.jsonl", '{"t": 1}\n{"t": 3}')
+    assert source.fingerprint() != locate(second).fingerprint()
+
+
+def test_what_is_no_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: this is neither a file nor a folder"):
+        locate(tmp_path / "pipe")
+
+
+# Standard input
+
+
+@pytest.mark.parametrize("content", ['{"t": 1}\n{"t": 2}\n', '[{"t": 1},\n{"t": 2}]'])
+def test_standard_input_is_kept(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content.encode())))
+    source = locate("-")
+    assert source.label == "-"
+    assert sources(source) == sources(source) == ["stdin.jsonl:1", "stdin.jsonl:2"]
+    assert len(source.fingerprint()) == 64
+
+
+def test_a_terminal_gives_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = os.openpty()
+    with os.fdopen(ours), os.fdopen(theirs) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        with pytest.raises(DataError, match="standard input is a terminal"):
+            locate("-")
+
+
+def test_nothing_is_left_of_standard_input(tmp_path: Path) -> None:
+    code = "from lorafit.data import read; from pathlib import Path; import os; " + (
+        "read.read_rows('-'); print(len(list(Path(os.environ['TMPDIR']).iterdir())))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        input='{"t": 1}',
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "1" and not list(tmp_path.iterdir())
+
+
+# Objects
+
+
+def test_a_list_of_dicts_is_a_source() -> None:
+    source = locate([{"t": 1}, "two", {"t": 3}])
+    with pytest.raises(DataError, match=r"list:row 2: a row must be an object, .* a string"):
+        sources(source)
+    faults = Faults(skip=True)
+    assert [row.source for row in source.rows(faults)] == ["list:row 1", "list:row 3"]
+    assert faults.count == 1
+    assert source.fingerprint() == locate(({"t": 1}, {"t": 3})).fingerprint()
+    assert source.fingerprint() != locate([{"t": 1}, {"t": 4}]).fingerprint()
+
+
+def test_long_arrays_of_a_list_are_told_apart() -> None:
+    import numpy
+
+    ones = numpy.ones(5_000)
+    other = ones.copy()
+    other[2_500] = 2
+    assert locate([{"ids": ones}]).fingerprint() == locate([{"ids": ones.copy()}]).fingerprint()
+    assert locate([{"ids": ones}]).fingerprint() != locate([{"ids": other}]).fingerprint()
+
+
+def test_objects_of_datasets_are_sources() -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list([{"t": [1]}, {"t": [2]}])
+    for given in (data, data.to_iterable_dataset(), data.with_format("numpy")):
+        source, name = locate(given), type(given).__name__
+        assert source.label == name
+        for _ in range(2):
+            rows = list(source.rows(Faults()))
+            assert [row.source for row in rows] == [f"{name}:row 1", f"{name}:row 2"]
+            assert [row.fields for row in rows] == [{"t": [1]}, {"t": [2]}]
+        assert source.fingerprint() == locate(given).fingerprint()
+        fewer = data.select([1]) if isinstance(given, Dataset) else given.skip(1)
+        assert source.fingerprint() != locate(fewer).fingerprint()
+    both = DatasetDict(train=data, test=data.select([1]))
+    assert [row.fields for row in locate(both, split="test").rows(Faults())] == [{"t": [2]}]
+    with pytest.raises(DataError, match="no split 'dev'; there are: train, test"):
+        locate(both, split="dev")
+
+
+@pytest.mark.parametrize("given", [None, 7, object(), b"train.jsonl"])
+def test_what_is_no_data_is_named(given: object) -> None:
+    with pytest.raises(DataError, match=f"this is no data set, but a {type(given).__name__}"):
+        locate(given)
+
+
+def test_folders_that_datasets_saved_are_read(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    data = Dataset.from_list([{"t": 1}, {"t": 2}])
+    data.save_to_disk(tmp_path / "one")
+    assert sources(locate(tmp_path / "one")) == [f"{tmp_path}/one:row {n}" for n in (1, 2)]
+    DatasetDict(train=data, test=data.select([1])).save_to_disk(tmp_path / "two")
+    assert len(sources(locate(tmp_path / "two", split="test"))) == 1
+    prints = {locate(tmp_path / "two", split=split).fingerprint() for split in ("train", "test")}
+    assert len(prints) == 2
+    with pytest.raises(DataError, match="no split 'dev'; there are: train, test"):
+        sources(locate(tmp_path / "two", split="dev"))
+    for arrow in (tmp_path / "one").glob("*.arrow"):
+        arrow.write_bytes(b"")
+    with pytest.raises(DataError, match="saved by datasets, is damaged: "):
+        sources(locate(tmp_path / "one"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -162,6 +332,23 @@ def test_a_hub_name_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [row.source for row in read_rows("owner/na.me", split="test")] == ["owner/na.me:row 1"]
     assert read_rows("gsm8k")[0].fields == {"text": "one"}
     assert asked == [("owner/na.me", "test"), ("gsm8k", "train")]
+
+
+def test_hub_data_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load(name: str, **_: object) -> datasets.Dataset:
+        asked.append(name)
+        return datasets.Dataset.from_list([{"t": 1}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    source = locate("owner/name")
+    assert not asked
+    assert sources(source) == sources(source) == ["owner/name:row 1"]
+    assert source.fingerprint() == source.fingerprint()
+    assert asked == ["owner/name"]
 
 
 def test_a_hub_name_that_cannot_be_had_is_an_error_for_people() -> None:

@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from lorafit.data.formats import Message, Sample, detect, sample
+from lorafit.data import sandbox
+from lorafit.data.formats import Message, Sample, sample, shape_of
 from lorafit.data.read import read_rows
-from lorafit.data.template import Encoded, chat_template_of, encode, prompt_ids, stop_ids
+from lorafit.data.template import (
+    Encoded,
+    Encoder,
+    Supervise,
+    chat_template_of,
+    prompt_ids,
+    stop_ids,
+)
 from lorafit.errors import DataError, ModelError
 
 TOKENIZERS = {
@@ -46,6 +54,31 @@ def fresh(shared: Path, name: str, **changes: object) -> Any:
     return AutoTokenizer.from_pretrained(shared / TOKENIZERS[name], **changes)
 
 
+def refuse(error: DataError) -> None:
+    raise error
+
+
+def encoder_of(
+    tokenizer: Any, *, is_chat: bool = True, supervise: Supervise = "answers"
+) -> Encoder:
+    """Kept with the tokenizer, as trying its template takes a process."""
+    kept = vars(tokenizer).setdefault("encoders", {})
+    key = str(tokenizer.chat_template), tokenizer.eos_token, is_chat, supervise
+    if key not in kept:
+        kept[key] = Encoder(tokenizer, is_chat=is_chat, supervise=supervise)
+    return kept[key]
+
+
+def encode_each(tokenizer: Any, what: Sample, supervise: Supervise = "answers") -> list[Encoded]:
+    encoder = encoder_of(tokenizer, is_chat=bool(what.messages), supervise=supervise)
+    return encoder.encode([what], found=refuse)
+
+
+def encode(tokenizer: Any, what: Sample, supervise: Supervise = "answers") -> Encoded:
+    (one,) = encode_each(tokenizer, what, supervise)
+    return one
+
+
 def decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
@@ -71,21 +104,26 @@ def test_supervised_tokens_of_real_rows_are_the_answers(
     shared: Path, tokenizer: Any, file: str
 ) -> None:
     rows = read_rows(shared / "data" / file)
-    if "glaive" in file:
-        rows = [row for row in rows if row.fields["tools"] == "[]"]  # tools are refused, as yet
+    if "glaive" in file and "### Tools" not in chat_template_of(tokenizer):
+        rows = [row for row in rows if row.fields["tools"] == "[]" or "qwen" in str(tokenizer)]
     rows = rows[:: max(1, len(rows) // 200)][:200]
     assert len(rows) >= 100
-    shape = detect(rows, **DATA[file])
-    stop = stop_ids(tokenizer, is_chat=shape.is_chat)[0]
-    for row in rows:
-        what = sample(row, shape)
-        encoded = encode(tokenizer, what, stop=stop)
+    shape = shape_of(rows[0], **DATA[file])
+    encoder = encoder_of(tokenizer, is_chat=shape.is_chat)
+    stop, wanted = encoder.stops[0], [sample(row, shape) for row in rows]
+    made = encoder.encode(wanted, found=refuse)
+    for what, encoded in zip(wanted, made, strict=True):
+        assert encoded.source == what.source
         assert len(encoded.labels) == len(encoded.ids)
         assert all(label in (-100, i) for i, label in zip(encoded.ids, encoded.labels, strict=True))
-        answers = [m.content for m in what.messages if m.role == "assistant"] or [what.text]
-        supervised = [encoded.ids[start:end] for start, end in spans(encoded)]
-        expected = [answer + decode(tokenizer, [stop]) for answer in answers]
-        assert [decode(tokenizer, ids) for ids in supervised] == expected, row.source
+        answers = [m for m in what.messages if m.is_answer] or [Message("assistant", what.text)]
+        supervised = [decode(tokenizer, encoded.ids[a:b]) for a, b in spans(encoded)]
+        for answer, learned in zip(answers, supervised, strict=True):
+            if answer.calls:
+                assert learned.endswith(decode(tokenizer, [stop]))
+                assert all(f'"name": "{call["name"]}"' in learned for call in answer.calls)
+            else:
+                assert learned == answer.content + decode(tokenizer, [stop]), what.source
 
 
 def asked(tokenizer: Any, what: Sample) -> list[tuple[int, list[int]]]:
@@ -128,7 +166,7 @@ def test_generated_conversations(
         assert encoded.ids[:start] == prompt
         found = spans(encoded)
         assert len(found) == len(pairs)
-        stop = stop_ids(tokenizer, is_chat=True)[0]
+        stop = encoder_of(tokenizer).stops[0]
         for (start, end), (_, answer) in zip(found, pairs, strict=True):
             assert encoded.ids[end - 1] == stop
             if name in ("gpt2", "qwen"):  # SentencePiece's decoder drops and adds spaces
@@ -252,8 +290,82 @@ def test_named_templates_give_their_default(shared: Path) -> None:
 
 
 def test_everything_is_supervised_when_asked(tokenizers: dict[str, Any]) -> None:
-    encoded = encode(tokenizers["qwen"], chat(USER, ANSWER), supervise="all")
+    encoded = encode(tokenizers["qwen"], chat(USER, ANSWER), "all")
     assert encoded.labels == encoded.ids
+
+
+def learned(tokenizer: Any, what: Sample, supervise: Supervise = "answers") -> list[str]:
+    """What is supervised, stretch by stretch."""
+    encoded = encode(tokenizer, what, supervise)
+    return [decode(tokenizer, encoded.ids[start:end]) for start, end in spans(encoded)]
+
+
+def test_last_answers_turns_and_weights(tokenizers: dict[str, Any]) -> None:
+    system, four = Message("system", "Be short."), Message("assistant", "four")
+    what = chat(system, USER, ANSWER, USER, four)
+    qwen = tokenizers["qwen"]
+    assert learned(qwen, what) == ["4<|im_end|>", "four<|im_end|>"]
+    assert learned(qwen, what, "last") == ["four<|im_end|>"]
+    (turns,) = learned(qwen, what, "turns")
+    assert turns.startswith("<|im_start|>user\nWhat") and turns.endswith("four<|im_end|>\n")
+    unlearned = Message("assistant", "4", learned=False)
+    assert learned(qwen, chat(USER, unlearned, USER, four)) == ["four<|im_end|>"]
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALL = Message("assistant", "", calls=({"name": "add", "arguments": {"a": 2, "b": 2}},))
+
+
+def test_calls_of_tools_are_learned_and_their_results_are_not(tokenizers: dict[str, Any]) -> None:
+    what = Sample("a:1", messages=(USER, CALL, Message("tool", "four"), ANSWER), tools=(TOOL,))
+    called, answered = learned(tokenizers["qwen"], what)
+    assert called == (
+        '<tool_call>\n{"name": "add", "arguments": {"a": 2, "b": 2}}\n</tool_call><|im_end|>'
+    )
+    assert answered == "4<|im_end|>"
+    called, answered = learned(tokenizers["gpt2"], what)
+    assert called == '{"name": "add", "arguments": {"a": 2, "b": 2}}<|endoftext|>'
+    ids = encode(tokenizers["gpt2"], what).ids
+    assert decode(tokenizers["gpt2"], ids).startswith('### Tools:\n{"type": "function", "func')
+    with pytest.raises(DataError, match=r"a:1: the chat template does not write the tools: 'add'"):
+        encode(tokenizers["tinyllama"], what)
+
+
+def test_rows_that_were_tokenised_before_keep_their_ids(tokenizers: dict[str, Any]) -> None:
+    what = Sample("a:1", ids=(5, 6, 7), labels=(-100, 6, 7))
+    encoded = encode(tokenizers["gpt2"], what)
+    assert (encoded.ids, encoded.labels) == ([5, 6, 7], [-100, 6, 7])
+
+
+def test_what_cannot_be_written_is_told_and_the_others_are_made(
+    tokenizers: dict[str, Any],
+) -> None:
+    told: list[DataError] = []
+    encoder = Encoder(tokenizers["qwen"], is_chat=True)
+    samples = [chat(ANSWER, USER, ANSWER), chat(USER, ANSWER)]
+    assert len(encoder.encode(samples, found=told.append)) == 1
+    assert [error.what for error in told] == [
+        "a.jsonl:7: this conversation begins with the assistant."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loop", "said"),
+    [
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
+        ("{{ ('x' * 3000000000) | length }}", "memory"),
+    ],
+)
+def test_a_template_that_never_ends_is_refused(
+    shared: Path, monkeypatch: pytest.MonkeyPatch, loop: str, said: str
+) -> None:
+    monkeypatch.setattr(sandbox, "SECONDS", 1)
+    tokenizer = fresh(shared, "gpt2")
+    tokenizer.chat_template = (
+        loop + "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+    )
+    with pytest.raises(ModelError, match=f"chat template is refused: it .*{said}"):
+        Encoder(tokenizer, is_chat=True)
 
 
 def test_a_template_may_write_before_an_answer(shared: Path) -> None:
@@ -267,8 +379,13 @@ def test_a_template_may_write_before_an_answer(shared: Path) -> None:
     encoded = encode(tokenizer, chat(USER, ANSWER))
     ((start, end),) = spans(encoded)
     assert decode(tokenizer, encoded.ids[start:end]) == "<think>\n\n</think>\n\n4<|im_end|>"
-    with pytest.raises(DataError, match=r"a.jsonl:7: the chat template rewrites turn 2"):
-        encode(tokenizer, chat(USER, ANSWER, USER, ANSWER))
+    # the same answer is written without that once others follow: one example for each
+    what = chat(USER, ANSWER, USER, ANSWER)
+    made = encode_each(tokenizer, what)
+    for encoded, turn in zip(made, (1, 3), strict=True):
+        ((start, end),) = spans(encoded)
+        assert decode(tokenizer, encoded.ids[start:end]) == "<think>\n\n</think>\n\n4<|im_end|>"
+        assert encoded.ids[:start] == prompt_ids(tokenizer, what.messages[:turn], is_chat=True)
 
 
 def test_stop_ids(shared: Path, tokenizers: dict[str, Any]) -> None:
@@ -297,7 +414,19 @@ def test_stop_ids(shared: Path, tokenizers: dict[str, Any]) -> None:
         (
             "{% for m in messages %}{{ m.content[:7] + eos_token }}{% endfor %}",
             DataError,
+            "a.jsonl:7: the chat template leaves out part of turn 1",
+        ),
+        (
+            "{% for m in messages %}{{ m.content[:7] if m.role == 'assistant' else m.content }}"
+            "{{ eos_token }}{% endfor %}",
+            DataError,
             "a.jsonl:7: the chat template leaves out part of turn 4",
+        ),
+        (
+            "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}"
+            "{{ '<think>' if add_generation_prompt else '' }}",
+            DataError,
+            "a.jsonl:7: the chat template asks for turn 2 otherwise than it writes it",
         ),
     ],
 )

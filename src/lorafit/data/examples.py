@@ -6,19 +6,20 @@ zero is the worst failure: the loss looks fine and nothing is learned.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Literal, NoReturn, TypeVar
+from itertools import groupby, islice
+from typing import Literal
 
 from lorafit.data.formats import Sample
-from lorafit.data.template import Supervise, Tokenizer, encode, stop_ids
+from lorafit.data.parse import Faults
+from lorafit.data.template import Encoded, Encoder
 from lorafit.errors import ConfigError, DataError
 from lorafit.kernels.cross_entropy import IGNORE
 
 Truncation = Literal["cut_tail", "cut_prompt", "drop", "error"]
 
-_T = TypeVar("_T")
+_CHUNK = 1_000
 _MOST_EVALUATION_ROWS = 1_000
 _NAMED_ROWS = 5
 
@@ -43,18 +44,19 @@ class Example:
         return sum(label != IGNORE for label in self.labels[1:])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Report:
-    """What became of the rows.
+    """What became of the rows, counted while they are read.
 
     Attributes:
-        rows: Rows that came in.
+        rows: Rows that came in, those that were skipped not counted.
         cut: Those cut to the longest length allowed.
         dropped: Those left out for being longer.
         lost_stop: Cut rows of which an answer lost its end, stop token included.
         lost_answer: Cut rows of which a whole answer, or its beginning, was lost.
-        tokens: Tokens of all examples.
-        supervised: Those of them that carry loss.
+        unrolled: Conversations that became an example for each answer.
+        double_begin: Examples that begin with two beginning-of-text tokens.
+        examples, tokens, supervised: What came out; the last are those that carry loss.
     """
 
     rows: int = 0
@@ -62,6 +64,9 @@ class Report:
     dropped: int = 0
     lost_stop: int = 0
     lost_answer: int = 0
+    unrolled: int = 0
+    double_begin: int = 0
+    examples: int = 0
     tokens: int = 0
     supervised: int = 0
 
@@ -71,87 +76,98 @@ class Report:
             "lost their stop token": self.lost_stop,
             "lost an answer": self.lost_answer,
             "dropped for their length": self.dropped,
+            "became one example for each answer, as the chat template rewrites them": self.unrolled,
         }
         losses = [f"{count:,} {what}" for what, count in counts.items() if count]
         return ", ".join([f"{self.rows:,} rows", *losses])
 
 
 @dataclass(frozen=True, slots=True)
-class Built:
-    """The examples, in the order of their rows, and the report on them."""
+class Policy:
+    """How long an example may be, and what becomes of a longer row.
 
-    examples: list[Example]
-    report: Report
+    Attributes:
+        max_length: Tokens of the longest example; None for no limit.
+        truncation: "cut_tail" keeps a longer row's beginning; "cut_prompt" cuts its head, as far as
+            the last answer if need be, and only then its tail; "drop" leaves it out; "error"
+            refuses it.
+    """
+
+    max_length: int | None = None
+    truncation: Truncation = "cut_tail"
 
 
 def build(
-    samples: Sequence[Sample],
-    tokenizer: Tokenizer,
-    *,
-    max_length: int | None = None,
-    truncation: Truncation = "cut_tail",
-    supervise: Supervise = "answers",
-) -> Built:
-    """The samples as examples of at most `max_length` tokens.
-
-    Args:
-        max_length: Tokens of the longest example; None for no limit.
-        truncation: What becomes of a longer row. "cut_tail" keeps its beginning; "cut_prompt" cuts
-            its head, as far as the last answer if need be, and only then its tail; "drop" leaves
-            it out; "error" refuses it.
-        supervise: "answers", or "all" for every token.
+    samples: Iterable[Sample], encoder: Encoder, *, policy: Policy, faults: Faults, report: Report
+) -> Iterator[Example]:
+    """The samples as examples, a thousand at a time; `report` is complete once they are read.
 
     Raises:
-        DataError: a row without a supervised token, none left, or one too long under "error".
+        DataError: a row cannot be written, is too long under "error", or has no supervised token;
+            unless `faults` skips such rows. None is left, in any case.
     """
-    is_chat = any(sample.messages for sample in samples)
-    stop = stop_ids(tokenizer, is_chat=is_chat)[0]
-    examples: list[Example] = []
-    cut, dropped, lost_stop, lost_answer = 0, 0, 0, 0
-    for sample in samples:
-        encoded = encode(tokenizer, sample, supervise=supervise, stop=stop)
-        example = Example(encoded.ids, encoded.labels, sample.source)
-        if max_length is not None and len(example.ids) > max_length:
-            if truncation == "error":
-                _refuse_long(example, max_length)
-            if truncation == "drop":
-                dropped += 1
+    bos, silent, waiting = encoder.tokenizer.bos_token_id, list[str](), iter(samples)
+    while chunk := list(islice(waiting, _CHUNK)):
+        report.rows += len(chunk)
+        for encoded in encoder.encode(chunk, found=faults.found):
+            example = _fitted(encoded, policy=policy, bos=bos, faults=faults, report=report)
+            if example is None:
                 continue
-            # a beginning-of-text token stays first wherever the rest is cut
-            kept = int(example.ids[0] == tokenizer.bos_token_id)
-            first, last = _window(example, max_length, kept=kept, truncation=truncation)
-            answers = _answers(example)
-            cut += 1
-            lost = [kept <= start < first or start >= last for start, _ in answers]
-            lost_answer += any(lost)
-            lost_stop += any(start < last < end for start, end in answers)
-            example = _cut(example, (first, last), kept=kept)
-        examples.append(example)
-    supervised = _supervised(examples)
-    tokens = sum(len(example.ids) for example in examples)
-    report = Report(
-        len(samples), cut, dropped, lost_stop, lost_answer, tokens=tokens, supervised=supervised
-    )
-    return Built(examples, report)
+            if not example.supervised and not faults.skip:
+                silent.append(example.source)
+                continue
+            if not example.supervised:
+                faults.found(DataError(f"{example.source}: no token of this row is supervised."))
+                continue
+            report.double_begin += bos is not None and example.ids[:2] == [bos, bos]
+            report.examples += 1
+            report.tokens += len(example.ids)
+            report.supervised += example.supervised
+            yield example
+    report.unrolled = encoder.unrolled
+    _check_heard(report, silent)
 
 
-def _supervised(examples: Sequence[Example]) -> int:
-    counts = [example.supervised for example in examples]
-    silent = [e.source for e, count in zip(examples, counts, strict=True) if not count]
-    if silent or not counts:
-        named = ", ".join(silent[:_NAMED_ROWS]) + (", ..." if len(silent) > _NAMED_ROWS else "")
-        raise DataError(
-            f"{len(silent)} of {len(counts)} rows have no supervised token: {named}"
-            if counts
-            else "No row is left to train on.",
-            why="Nothing would be learned from them, and the loss would not show it.",
-            fix="Raise --max-length, choose --truncation cut_prompt or drop, or remove the rows.",
-        )
-    return sum(counts)
-
-
-def _refuse_long(example: Example, max_length: int) -> NoReturn:
+def _check_heard(report: Report, silent: Sequence[str]) -> None:
+    if report.examples and not silent:
+        return
+    named = ", ".join(silent[:_NAMED_ROWS]) + (", ..." if len(silent) > _NAMED_ROWS else "")
     raise DataError(
+        f"{len(silent)} of {report.rows} rows have no supervised token: {named}"
+        if silent
+        else "No row is left to train on.",
+        why="Nothing would be learned from them, and the loss would not show it.",
+        fix="Raise --max-length, choose --truncation cut_prompt or drop, or leave them out: "
+        "--skip-bad-rows.",
+    )
+
+
+def _fitted(
+    encoded: Encoded, *, policy: Policy, bos: int | None, faults: Faults, report: Report
+) -> Example | None:
+    """The example within the longest length allowed; None where it is left out."""
+    example = Example(encoded.ids, encoded.labels, encoded.source)
+    limit = policy.max_length
+    if limit is None or len(example.ids) <= limit:
+        return example
+    if policy.truncation == "error":
+        faults.found(_too_long(example, limit))
+        return None
+    if policy.truncation == "drop":
+        report.dropped += 1
+        return None
+    # a beginning-of-text token stays first wherever the rest is cut
+    kept = int(example.ids[0] == bos)
+    first, last = _window(example, limit, kept=kept, truncation=policy.truncation)
+    answers = _answers(example)
+    report.cut += 1
+    report.lost_answer += any(kept <= start < first or start >= last for start, _ in answers)
+    report.lost_stop += any(start < last < end for start, end in answers)
+    return _cut(example, (first, last), kept=kept)
+
+
+def _too_long(example: Example, max_length: int) -> DataError:
+    return DataError(
         f"{example.source}: this row has {len(example.ids):,} tokens, the limit is {max_length:,}.",
         why="What is cut off is not learned.",
         fix="Raise --max-length, or choose --truncation cut_tail, cut_prompt or drop.",
@@ -192,11 +208,11 @@ def _cut(example: Example, window: tuple[int, int], *, kept: int) -> Example:
     return Example(ids, [IGNORE] * kept + labels, example.source)
 
 
-def hold_out(rows: Sequence[_T], *, share: float, seed: int) -> tuple[list[_T], list[_T]]:
-    """The rows to train on and those kept back for evaluation, each in their own order.
+def held_out(count: int, *, share: float, seed: int) -> list[int]:
+    """The numbers, in order, of those of `count` rows that are kept back for evaluation.
 
-    The rows kept back are a random sample that depends on `seed` and the number of rows alone: at
-    least 1, at most 1,000, which is precise enough.
+    A random sample that depends on `seed` and `count` alone: at least 1 row, at most 1,000, which
+    is precise enough.
 
     Args:
         share: How much to keep back, between 0 and 1.
@@ -209,12 +225,10 @@ def hold_out(rows: Sequence[_T], *, share: float, seed: int) -> tuple[list[_T], 
         raise ConfigError(
             f"An evaluation share of {share} is not between 0 and 1.", fix="0.1 keeps a tenth back."
         )
-    if len(rows) < 2:
+    if count < 2:
         raise DataError(
-            f"{len(rows)} rows cannot be split into training and evaluation.",
+            f"{count} rows cannot be split into training and evaluation.",
             fix="Give at least 2 rows, or evaluation data of its own.",
         )
-    count = min(max(1, round(len(rows) * share)), _MOST_EVALUATION_ROWS, len(rows) - 1)
-    held = frozenset(random.Random(seed).sample(range(len(rows)), count))
-    train = [row for index, row in enumerate(rows) if index not in held]
-    return train, [rows[index] for index in sorted(held)]
+    kept = min(max(1, round(count * share)), _MOST_EVALUATION_ROWS, count - 1)
+    return sorted(random.Random(seed).sample(range(count), kept))

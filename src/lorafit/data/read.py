@@ -1,265 +1,302 @@
-"""Files and Hub names -> rows, each with the file and line it came from.
+"""Files, folders, Hub names and objects -> sources of rows; each row with where it came from.
 
-Owns reading and its complaints; the only door to `datasets`, which is imported when a parquet file
-or a Hub name is read and never before. Knows nothing of what the fields of a row mean.
+Owns finding the data; the only door to `datasets`, which is imported when parquet, a folder that
+it saved or a Hub name is read and never before. What a file holds is for `parse`; what the fields
+of a row mean, for `formats`.
 """
 
-import csv
+import atexit
+import hashlib
 import json
+import os
+import pickle
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorafit.data import parse
+from lorafit.data.parse import Faults, Row
 from lorafit.errors import DataError, nearest
 
-_BOM = b"\xef\xbb\xbf"
-_SUFFIXES = (".jsonl", ".json", ".csv", ".txt", ".parquet")
 _SPLITS = ("train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval")
+_ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HUB_NAME = re.compile(r"[\w-]+|\w[\w.-]*/\w[\w.-]*")
-_BLANK = re.compile(r"\s*")
+_FIX = "Give a jsonl, json, csv, tsv, txt or parquet file, a folder of one kind, or a Hub name."
 
 
 @dataclass(frozen=True)
-class Row:
-    """The user's record: its fields, and where it stands ("train.jsonl:12")."""
+class Source:
+    """Where rows come from.
 
-    fields: Mapping[str, Any]
-    source: str
+    Attributes:
+        label: What it is called in messages: a path, a Hub name, the type of an object.
+        rows: Starts afresh at each call and reads as it is asked; DataError where it cannot. None
+            at all is no error here.
+        fingerprint: Changes with the rows: the sha256 of the files' names and bytes, or of the
+            rows (a stream is read through); the fingerprint that `datasets` gives its own.
+    """
+
+    label: str
+    rows: Callable[[Faults], Iterator[Row]]
+    fingerprint: Callable[[], str]
 
 
 def read_rows(path: str | Path, *, split: str = "train") -> list[Row]:
-    """The rows of a file, of a folder of files of one kind, or of a data set on the Hub.
-
-    Reads jsonl, json (an array of objects, or objects one after the other), csv with a header, txt
-    (a row `{"text": line}` for each line that is not empty) and parquet. A byte-order mark, CRLF,
-    empty lines and a missing last newline are fine. In a folder whose files are named after
-    splits (train.csv, test-00000-of-00002.parquet), those of `split` are read.
-
-    Args:
-        path: A file, a folder, or a Hub name ("word" or "owner/name").
-        split: The Hub's split, or which of a folder's files; a single file is read whole.
+    """All the rows of what `locate` finds, none of them broken.
 
     Raises:
-        DataError: nothing there, no rows, or a line that cannot be read, with file:line[:column].
+        DataError: nothing there, no rows, or a row that cannot be read, with file:line[:column].
     """
-    place = Path(path)
-    if place.is_dir():
-        rows = [row for file in _files(place, split) for row in _read_file(file)]
-    elif place.is_file():
-        rows = list(_read_file(place))
-    elif _is_hub_name(str(path)):
-        rows = _read_datasets(str(path), str(path), split=split)
-    else:
-        _missing(place)
+    rows = list(locate(path, split=split).rows(Faults()))
     if not rows:
         raise DataError(f"{path}: this data set is empty.", fix="Give a file that holds rows.")
     return rows
+
+
+def locate(given: Any, *, split: str = "train") -> Source:
+    """The source of rows that `given` means.
+
+    Args:
+        given: A file of a kind that `parse` reads, or parquet; a folder of such files of one kind,
+            in it or one level down; a folder saved by `datasets`; a Hub name ("word" or
+            "owner/name"); "-" for standard input (jsonl, or one JSON array), which is kept in a
+            temporary file; a Dataset, IterableDataset or DatasetDict; a list of dicts.
+        split: The Hub's split, which of a folder's files where these are named after splits
+            (train.csv, data/test-00000-of-00002.parquet), or which of a DatasetDict; a single file
+            is read whole.
+
+    Raises:
+        DataError: nothing there, or several things of which one must be chosen.
+    """
+    label = type(given).__name__
+    if isinstance(given, str | Path):
+        return _named(str(given), split)
+    if isinstance(given, Mapping):
+        return locate(_chosen(given, split, label=label))
+    if isinstance(given, list | tuple):
+        rows = partial(_listed, given, label=label)
+        return Source(label, rows, lambda: _hash_rows(rows(Faults(skip=True))))
+    if any(base.__module__.startswith("datasets.") for base in type(given).__mro__):
+        # rows as plain values, whatever set_format() asked for
+        return _loaded(label, partial(given.with_format, None), failed=f"{label}: cannot be read")
+    what = f"{given!r:.60}: this is no data set, but a {label}."
+    raise DataError(what, fix=f"{_FIX} In Python: a list of dicts, or an object of `datasets`.")
+
+
+def given(rows: Sequence[Mapping[str, Any]], places: Sequence[str], *, label: str) -> Source:
+    """Rows in memory as a source; `places` says where each stands."""
+    made = [Row(fields, place) for fields, place in zip(rows, places, strict=True)]
+    return Source(label, lambda _: iter(made), lambda: _hash_rows(made))
+
+
+# Names
+
+
+def _named(name: str, split: str) -> Source:
+    place = Path(name)
+    try:
+        if name == "-" or place.is_file():
+            return _of_files(name, [_keep_stdin() if name == "-" else place])
+        if place.is_dir() and not _is_saved(place):
+            return _of_files(name, _files(place, split))
+        if not place.exists() and not _is_hub_name(name):
+            _missing(place)
+    except OSError as error:
+        raise parse.unreadable(place, error) from error
+    if place.exists() and not place.is_dir():
+        raise DataError(
+            f"{name}: this is neither a file nor a folder.",
+            why="Data is read more than once, and a pipe or a device gives it once.",
+            fix="Copy it to a file, or send it to standard input and give - as the name.",
+        )
+    load = partial(_load, name, split)
+    if place.is_dir():
+        return _loaded(name, load, failed=f"{name}: this folder, saved by datasets, is damaged")
+    return _loaded(
+        name,
+        load,
+        failed=f"{name}: neither a file here nor a data set that the Hub gives",
+        fix=f"Check the name, the split ({split!r}) and the network; or download the files and "
+        "give their folder.",
+    )
+
+
+def _keep_stdin() -> Path:
+    if sys.stdin is None or sys.stdin.isatty():
+        what = "-: standard input is a terminal, from which no data comes."
+        raise DataError(what, fix="Send it data: zcat rows.jsonl.gz | lorafit train --data -")
+    folder = Path(tempfile.mkdtemp(prefix="lorafit-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    kept = folder / "stdin.jsonl"  # `parse` sees for itself where it is an array
+    with kept.open("wb") as file:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    return kept
 
 
 def _is_hub_name(name: str) -> bool:
     # "data/trian" beside a folder "data" is a slip of the pen, not somebody's repository
     parent = Path(name).parent
     return bool(_HUB_NAME.fullmatch(name)) and (
-        parent == Path() or not (Path(name).suffix in _SUFFIXES or parent.is_dir())
+        parent == Path() or not (parse.kind_of(Path(name)) or parent.is_dir())
     )
 
 
 def _missing(path: Path) -> NoReturn:
     beside = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     folder = "" if path.parent.is_dir() else f" Nor does its folder {path.parent}."
-    raise DataError(
-        f"{path}: this file does not exist.{folder}{nearest(path.name, beside)}",
-        fix="Give a jsonl, json, csv, txt or parquet file, a folder of one kind, or a Hub name.",
-    )
+    what = f"{path}: this file does not exist.{folder}{nearest(path.name, beside)}"
+    raise DataError(what, fix=_FIX)
+
+
+# Files
+
+
+def _of_files(label: str, files: Sequence[Path]) -> Source:
+    def rows(faults: Faults) -> Iterator[Row]:
+        for file in files:
+            is_parquet = parse.kind_of(file) == ".parquet"
+            yield from _parquet(file) if is_parquet else parse.rows_of(file, faults=faults)
+
+    return Source(label, rows, partial(_hash_files, files))
+
+
+def _hash_files(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                content = hashlib.file_digest(stream, "sha256").digest()
+        except OSError as error:
+            raise parse.unreadable(file, error) from error
+        digest.update(os.fsencode(file.name) + b"\0" + content)
+    return digest.hexdigest()
 
 
 def _files(folder: Path, split: str) -> list[Path]:
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.suffix.lower() in _SUFFIXES)
-    by_split = {file: re.split(r"[-_.]", file.stem.lower())[0] for file in files}
-    if named := [file for file in files if by_split[file] in _SPLITS]:
-        files = [file for file in named if by_split[file] == split]
-    names = ", ".join(file.name for file in files or named or sorted(folder.iterdir()))
+    """The data files in `folder`, or else one level down, that are the split's."""
+    inside = sorted(folder.iterdir())
+    files = _data_files(folder) or [f for sub in inside if sub.is_dir() for f in _data_files(sub)]
+    if named := [file for file in files if _split_of(file, folder)]:
+        files = [file for file in named if _split_of(file, folder) == split]
+    names = ", ".join(str(file.relative_to(folder)) for file in files or named or inside)
     if not files:
         raise DataError(
             f"{folder}: this folder holds no data file for the split {split!r}.",
             why=f"It holds: {names or 'nothing'}.",
-            fix="Give the file itself, or a folder of jsonl, json, csv, txt or parquet files.",
+            fix=_FIX,
         )
-    if len({file.suffix.lower() for file in files}) > 1:
+    unpacked = {file.name.lower().removesuffix(".gz").removesuffix(".zst") for file in files}
+    several = (
+        ("data files of several kinds", len({parse.kind_of(file) for file in files}) > 1),
+        ("several folders of data", len({file.parent for file in files}) > 1),
+        ("a file packed and unpacked", len(unpacked) < len(files)),
+    )
+    for what in (what for what, is_so in several if is_so):
         raise DataError(
-            f"{folder}: this folder holds data files of several kinds: {names}.",
+            f"{folder}: this folder holds {what}: {names}.",
             why="Which of them are the data set cannot be told.",
-            fix="Give one of the files, or a folder with files of one kind.",
+            fix="Give one of them, or a folder with files of one kind.",
         )
     return files
 
 
-def _read_file(path: Path) -> Iterable[Row]:
-    kind = path.suffix.lower()
-    if kind == ".parquet":
-        return _read_datasets("parquet", path.name, split="train", file=path)
-    if kind not in _SUFFIXES:
-        raise DataError(
-            f"{path}: what this file holds cannot be told from its name.",
-            fix=f"Give it the suffix of its kind: {', '.join(_SUFFIXES)}.",
-        )
-    text = _text(path)
-    if kind == ".csv":
-        return _read_csv(text, path)
-    if kind == ".json":
-        return _read_json(text, path)
-    return _read_lines(text, path, is_json=kind == ".jsonl")
+def _data_files(folder: Path) -> list[Path]:
+    kept = [f for f in folder.iterdir() if parse.kind_of(f) and not f.name.startswith(".")]
+    return sorted(file for file in kept if file.name not in _ABOUT and file.is_file())
 
 
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes().removeprefix(_BOM)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}.") from error
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        column = error.start - data.rfind(b"\n", 0, error.start)
-        raise DataError(
-            f"{path}:{line}:{column}: byte 0x{data[error.start]:02x} is not UTF-8 text.",
-            why="The file has another encoding, or was cut off.",
-            fix=f"Convert it: iconv -f ISO-8859-1 -t UTF-8 {path.name} > utf8-{path.name}",
-        ) from error
+def _split_of(file: Path, folder: Path) -> str:
+    """The split after which a file, or else the folder that it is in, is named; "" if none."""
+    names = [file.name] if file.parent == folder else [file.name, file.parent.name]
+    words = [re.split(r"[-_.]", name.lower())[0] for name in names]
+    return next((word for word in words if word in _SPLITS), "")
 
 
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON value")
+# Objects
 
 
-_DECODER = json.JSONDecoder(parse_constant=_no_constant)
+def _listed(given: Iterable[Any], faults: Faults, *, label: str) -> Iterator[Row]:
+    for number, value in enumerate(given, start=1):
+        try:
+            row = Row(parse.as_fields(value, f"{label}:row {number}"), f"{label}:row {number}")
+        except DataError as error:
+            faults.found(error)
+        else:
+            yield row
 
 
-def _read_lines(text: str, path: Path, *, is_json: bool) -> Iterator[Row]:
-    # not splitlines(): it also cuts at U+2028 and the like, which JSON strings may hold
-    for number, line in enumerate(text.split("\n"), start=1):
-        source = f"{path.name}:{number}"
-        if not line.strip():
-            continue
-        if not is_json:
-            yield Row({"text": line.removesuffix("\r")}, source)
-            continue
-        value, end = _decode(line, len(line) - len(line.lstrip()), path=path, line=number)
-        if line[end:].strip():
-            _bad_json(f"{path}:{number}:{end + 1}", "more follows the object")
-        yield Row(_fields(value, f"{path}:{number}"), source)
+def _hash_rows(rows: Iterable[Row]) -> str:
+    digest = hashlib.sha256()
+    for row in rows:
+        # what JSON has no word for (arrays) is pickled, for repr() would shorten it
+        text = json.dumps(row.fields, default=lambda value: pickle.dumps(value).hex())
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()
 
 
-def _read_json(text: str, path: Path) -> Iterator[Row]:
-    """Decodes value by value, so that each row knows its line and a bad one is named alone."""
-    start = _skip_blank(text, 0)
-    is_array = text.startswith("[", start)
-    end = _skip_blank(text, start + is_array)
-    line, counted = 1, 0
-    while end < len(text) and not (is_array and text[end] == "]"):
-        line, counted = line + text.count("\n", counted, end), end
-        value, end = _decode(text, end, path=path)
-        yield Row(_fields(value, f"{path}:{line}"), f"{path.name}:{line}")
-        end = _skip_blank(text, end)
-        if is_array and text.startswith(",", end):
-            end = _skip_blank(text, end + 1)
-    if is_array and text[end:].rstrip() != "]":
-        line = text.count("\n", 0, end) + 1
-        cut_off = end == len(text)
-        message = "the array is not closed" if cut_off else "more follows the array"
-        _bad_json(f"{path}:{line}", message)
+def _chosen(given: Mapping[Any, Any], split: str, *, label: str) -> Any:
+    if split not in given:
+        what = f"{label}: there is no split {split!r}; there are: {', '.join(map(str, given))}."
+        raise DataError(what, fix="Give one of these as the split.")
+    return given[split]
 
 
-def _skip_blank(text: str, start: int) -> int:
-    found = _BLANK.match(text, start)
-    return found.end() if found else start
+# The door to `datasets`: half a second to import, and most files never need it
 
 
-def _decode(text: str, start: int, *, path: Path, line: int = 1) -> tuple[Any, int]:
-    """The value that begins at `start`, and where it ends; `line` is that of `text[0]`."""
-    try:
-        return _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        _bad_json(f"{path}:{line + error.lineno - 1}:{error.colno}", error.msg)
-    except (ValueError, RecursionError) as error:
-        _bad_json(f"{path}:{line + text.count(chr(10), 0, start)}", str(error))
+def _loaded(label: str, load: Callable[[], Any], *, failed: str, fix: str = "") -> Source:
+    """A source of what `load` gives, which is called once, when first needed."""
+    load = cache(load)
+
+    def rows(_: Faults) -> Iterator[Row]:
+        try:
+            for number, row in enumerate(load(), start=1):
+                yield Row(dict(row), f"{label}:row {number}")
+        except DataError:
+            raise
+        except Exception as error:  # no common root: network, gone, no such split, ...
+            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            raise DataError(f"{failed}: {reason}", fix=fix) from error
+
+    def fingerprint() -> str:
+        from datasets import IterableDataset
+
+        next(rows(Faults()), None)  # loads it, or says why that cannot be
+        if isinstance(data := load(), IterableDataset):  # has none
+            return _hash_rows(rows(Faults()))
+        return data._fingerprint
+
+    return Source(label, rows, fingerprint)
 
 
-def _bad_json(place: str, message: str) -> NoReturn:
-    raise DataError(
-        f"{place}: this is not valid JSON: {message}.",
-        fix="Correct it. A jsonl file has one whole object per line; a json file, one array.",
-    )
+def _is_saved(folder: Path) -> bool:
+    saved = ("dataset_info.json", "state.json")
+    return (folder / "dataset_dict.json").is_file() or all((folder / f).is_file() for f in saved)
 
 
-def _fields(value: Any, place: str) -> dict[str, Any]:
-    if isinstance(value, dict):
-        return value
-    names = {list: "an array", str: "a string", bool: "true or false", type(None): "null"}
-    raise DataError(
-        f"{place}: a row must be an object, but this is {names.get(type(value), 'a number')}.",
-        why="Without names it cannot be told which part is the answer.",
-        fix='Write each row as an object, as in {"prompt": "...", "completion": "..."}.',
-    )
+def _load(name: str, split: str) -> Any:
+    from datasets import load_dataset, load_from_disk
+
+    if not Path(name).is_dir():
+        return load_dataset(name, split=split)
+    data = load_from_disk(name)
+    return _chosen(data, split, label=name) if isinstance(data, Mapping) else data
 
 
-def _read_csv(text: str, path: Path) -> Iterator[Row]:
-    (line, names), *records = _csv_records(text, path) or [(1, [])]
-    if "" in names or len(set(names)) < len(names):
-        raise DataError(
-            f"{path}:{line}: the header has an empty or a repeated name: {', '.join(names)}.",
-            why="Two columns under one name would hide each other.",
-            fix="The first line of a csv file names its columns, each once.",
-        )
-    for line, cells in records:
-        if len(cells) != len(names):
-            raise DataError(
-                f"{path}:{line}: {len(cells)} fields where the header names {len(names)}.",
-                why=f"The columns are: {', '.join(names)}.",
-                fix='Put fields that hold a comma or a newline in double quotes: "a, b".',
-            )
-        yield Row(dict(zip(names, cells, strict=True)), f"{path.name}:{line}")
+def _parquet(path: Path) -> Iterator[Row]:
+    def load() -> Any:
+        from datasets import load_dataset
 
+        with path.open("rb") as file:
+            parse.check_start(file.read(512), path)
+        # streamed: otherwise `datasets` would first copy the file into its cache
+        return load_dataset("parquet", data_files=str(path), split="train", streaming=True)
 
-def _csv_records(text: str, path: Path) -> list[tuple[int, list[str]]]:
-    """The records that are not blank, each with the line on which it begins."""
-    limit = csv.field_size_limit(sys.maxsize)  # the default refuses fields above 128 KiB
-    records, line = [], 1
-    try:
-        reader = csv.reader(StringIO(text, newline=""), strict=True)
-        for cells in reader:
-            if cells:
-                records.append((line, cells))
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}:{line}: this is not valid csv: {error}.",
-            fix='A double quote inside a quoted field is written twice: "say ""hi""".',
-        ) from error
-    finally:
-        csv.field_size_limit(limit)
-    return records
-
-
-def _read_datasets(name: str, source: str, *, split: str, file: Path | None = None) -> list[Row]:
-    from datasets import load_dataset  # half a second to import, and jsonl, json, csv never need it
-
-    try:
-        # a local file is streamed: otherwise `datasets` would first copy it into its cache
-        data = load_dataset(
-            name, data_files=file and str(file), split=split, streaming=file is not None
-        )
-        return [Row(dict(row), f"{source}:row {n}") for n, row in enumerate(data, start=1)]
-    except Exception as error:  # its errors have no common root: network, gone, no such split, ...
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        if file:
-            raise DataError(f"{file}: this is not a readable parquet file: {reason}") from error
-        raise DataError(
-            f"{name}: neither a file here nor a data set that the Hub gives: {reason}",
-            fix=f"Check the name, the split ({split!r}) and the network; or download the files and "
-            "give their folder.",
-        ) from error
+    failed = f"{path}: this is not a readable parquet file"
+    return _loaded(path.name, load, failed=failed).rows(Faults())

@@ -1,4 +1,4 @@
-"""Samples -> token ids and labels, and the prompt that generation feeds: one function for both.
+"""Samples -> token ids and labels, and the prompt that generation feeds: one room for both.
 
 Owns where an answer begins and ends, found by rendering a conversation up to each answer and past
 it, never by looking for marker strings or for a padding id. Knows nothing of files, lengths or
@@ -6,24 +6,34 @@ batches. Tokenizers come in from outside; this file names only what it asks of t
 
 The rule at every seam between prompt and answer: **the ids before the answer are exactly those that
 generation will be fed**. Where the tokenizer would merge the prompt's end with the answer's
-beginning ("\\n" + "\\n\\n", or a prompt that ends with a space), the two are tokenised apart.
+beginning ("\\n" + "\\n\\n", or a prompt that ends with a space), the two are tokenised apart. Where
+a template rewrites an answer once others follow it (Qwen3 takes its thinking out), no single text
+holds both what is learned and what is asked later: each answer becomes an example of its own.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal, NoReturn, Protocol
 
 from jinja2 import TemplateError
 
+from lorafit.data import sandbox
 from lorafit.data.formats import Message, Sample
 from lorafit.errors import DataError, ModelError
 from lorafit.kernels.cross_entropy import IGNORE
 
 PLAIN_TEMPLATE = (
+    "{% if tools %}### Tools:{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}"
+    "{{ '\\n\\n' }}{% endif %}"
     "{% for message in messages %}"
     "{{ '' if loop.first else '\\n\\n' }}"
     "{{ '### ' + message.role.capitalize() + ':\\n' + message.content }}"
+    "{% for call in message.tool_calls or [] %}"
+    "{{ ('\\n' if message.content or not loop.first else '') + (call.function | tojson) }}"
+    "{% endfor %}"
     "{{ eos_token if message.role == 'assistant' else '' }}"
     "{% endfor %}"
     "{{ '\\n\\n### Assistant:\\n' if add_generation_prompt else '' }}"
@@ -36,10 +46,17 @@ PLAIN_TEMPLATE = (
     ### Assistant:
     4<end of text>
 
-A system message stands first as `### System:`. An answer ends with the tokenizer's own end-of-text
-token; the empty line before the next turn belongs to that turn, so nothing follows an answer."""
+A system message stands first as `### System:`; tools before it as `### Tools:`, a JSON schema to
+a line; a call is a line of JSON in the assistant's turn and its result a turn `### Tool:`. An
+answer ends with the tokenizer's own end-of-text token; the empty line before the next turn belongs
+to that turn, so nothing follows an answer."""
 
-Supervise = Literal["answers", "all"]
+Supervise = Literal["answers", "last", "turns", "all"]
+"""Which tokens are learned: the assistant's answers; the last of them alone; every turn after the
+system's; all of the text."""
+
+_GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
+_LONG_TAIL, _MANY_TAILS = 64, 10_000
 
 
 class Tokenizer(Protocol):
@@ -65,10 +82,14 @@ class Tokenizer(Protocol):
         """The tokens that stand for themselves, each with whether it is `special`."""
         ...
 
-    def __call__(
-        self, text: list[str], *, add_special_tokens: bool, verbose: bool
-    ) -> Mapping[str, Any]:
-        """`input_ids`: a list of ids for each text."""
+    @property
+    def special_tokens_map(self) -> Mapping[str, str]:
+        """What templates know by name: bos_token, eos_token, ..."""
+        ...
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
+        """`input_ids`: a list of ids for each text; `encodings`: where each token stands in its
+        text, None where a tokenizer does not know."""
         ...
 
     def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool) -> Any:
@@ -77,8 +98,9 @@ class Tokenizer(Protocol):
 
     def apply_chat_template(
         self,
-        conversation: list[dict[str, str]],
+        conversation: list[dict[str, Any]],
         *,
+        tools: list[Mapping[str, Any]] | None,
         chat_template: str,
         tokenize: bool,
         add_generation_prompt: bool,
@@ -93,17 +115,40 @@ class Encoded:
 
     ids: list[int]
     labels: list[int]
+    source: str = ""
 
 
-def chat_template_of(tokenizer: Tokenizer) -> str:
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """A sample as text. `answers` are characters: where generation takes over, and behind the stop
+    token; `learned_from` is where everything is supervised from, None for the answers alone. Where
+    it `is_raw` the text's own beginning and end are still to be put around it."""
+
+    source: str
+    text: str
+    answers: tuple[tuple[int, int], ...] = ()
+    learned_from: int | None = None
+    is_raw: bool = False
+
+    @property
+    def cuts(self) -> list[int]:
+        """Every character at which a token must begin."""
+        first = [] if self.learned_from is None else [self.learned_from]
+        return first + [cut for answer in self.answers for cut in answer]
+
+
+def chat_template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
     """The template conversations are written with; store it with the adapter.
 
     The tokenizer's own, else PLAIN_TEMPLATE, which begins with the beginning-of-text token where
     this tokenizer begins its texts with it.
+
+    Args:
+        tools: Whether it is for conversations with tools, where there are several.
     """
     own = tokenizer.chat_template
     if isinstance(own, dict):
-        own = own.get("default")
+        own = (tools and own.get("tool_use")) or own.get("default")
     return own or ("{{ bos_token }}" if _opening(tokenizer) else "") + PLAIN_TEMPLATE
 
 
@@ -120,6 +165,7 @@ def stop_ids(tokenizer: Tokenizer, *, is_chat: bool) -> tuple[int, ...]:
     if not is_chat:
         return (eos,)
     question, answer = Message("user", "Where?"), Message("assistant", "There")
+    _try_out(tokenizer, [((question, answer), ())])
     written = _render(tokenizer, (question, answer))
     # content comes last but for the ending; what a template writes before it (<think>) is no end
     (ending,) = _tokenise(tokenizer, [written.rpartition(answer.content)[2]])
@@ -155,87 +201,252 @@ def prompt_ids(
     return _opened(tokenizer, _tokenise(tokenizer, [prompt])[0])
 
 
-def encode(
-    tokenizer: Tokenizer,
-    sample: Sample,
-    *,
-    supervise: Supervise = "answers",
-    stop: int | None = None,
-) -> Encoded:
-    """The sample's ids, and as labels those of its answers, each up to and with its stop token.
+class Encoder:
+    """Samples of one shape -> ids and labels, many at a time.
 
     A conversation is written by the chat template alone: no beginning-of-text is added to what the
     template prints, and what it prints after a stop token ("\\n") is not supervised. A prompt and
     completion are [BOS if the tokenizer adds one] + prompt + completion + EOS; a text is
-    [BOS] + text + EOS, all of it supervised.
+    [BOS] + text + EOS, all of it supervised. Rows that were tokenised before keep their ids.
 
-    Args:
-        supervise: "answers", or "all" for every token.
-        stop: `stop_ids(...)[0]`, where the caller has it already.
+    Attributes:
+        stops: `stop_ids` of the tokenizer; answers end with the first.
+        unrolled: Conversations that became several examples, as the template rewrites answers.
 
     Raises:
-        DataError: the template refuses the conversation, rewrites an earlier turn when a later one
-            follows, or leaves out part of an answer.
-        ModelError: the tokenizer has no end to its texts or answers.
+        ModelError: the tokenizer has no end to its texts or answers, or its template takes more
+            time or memory than rendering may.
     """
-    if sample.messages:
-        stop = stop_ids(tokenizer, is_chat=True)[0] if stop is None else stop
-        ids, spans = _encode_chat(tokenizer, sample, stop=stop)
-    else:
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, is_chat: bool, supervise: Supervise = "answers"
+    ) -> None:
+        self.tokenizer, self.supervise = tokenizer, supervise
+        self.stops = stop_ids(tokenizer, is_chat=is_chat)
+        self.unrolled = 0
+        self._stop_text = _decode(tokenizer, [self.stops[0]])
+        self._added = frozenset(tokenizer.added_tokens_decoder)
+        self._tails: dict[tuple[int, str], list[int]] = {}
+        self._tried: set[frozenset[Any]] = set()
+
+    def encode(
+        self, samples: Iterable[Sample], *, found: Callable[[DataError], None]
+    ) -> list[Encoded]:
+        """The samples' examples, in order: one each, or one for each answer.
+
+        Args:
+            found: Told of each sample that cannot be written or cut; that one is left out.
+        """
+        samples = list(samples)
+        self._try_out(samples)
+        ready: list[Encoded | _Written] = []
+        for sample in samples:
+            try:
+                ready += self._written(sample)
+            except DataError as error:
+                found(error)
+        texts = [one for one in ready if isinstance(one, _Written)]
+        encoded = iter(self._encode(texts))
+        made: list[Encoded] = []
+        for one in ready:
+            outcome = next(encoded) if isinstance(one, _Written) else one
+            if isinstance(outcome, DataError):
+                found(outcome)
+            else:
+                made.append(outcome)
+        return made
+
+    # ---- samples -> text -----------------------------------------------------------------------
+
+    def _try_out(self, samples: Sequence[Sample]) -> None:
+        """The template on one conversation of each kind not yet met, in a child process."""
+        fresh: dict[frozenset[Any], Sample] = {}
+        for sample in samples:
+            if sample.messages:
+                kinds = {(message.role, bool(message.calls)) for message in sample.messages}
+                fresh.setdefault(frozenset([*kinds, bool(sample.tools)]), sample)
+        conversations = [
+            (sample.messages, sample.tools)
+            for kind, sample in fresh.items()
+            if kind not in self._tried
+        ]
+        self._tried |= fresh.keys()
+        if conversations:
+            _try_out(self.tokenizer, conversations)
+
+    def _written(self, sample: Sample) -> list[Encoded] | list[_Written]:
+        if sample.ids:
+            return [Encoded(list(sample.ids), list(sample.labels), sample.source)]
+        if sample.messages:
+            return self._written_chat(sample)
         text = sample.prompt + sample.completion + sample.text
-        ids, (start,) = _tokenise_at(
-            tokenizer, text, cuts=[len(sample.prompt)], place=sample.source
-        )
-        opened = _opened(tokenizer, ids)
+        begin = len(sample.prompt)
+        return [_Written(sample.source, text, ((begin, len(text)),), is_raw=True)]
+
+    def _written_chat(self, sample: Sample) -> list[_Written]:
+        messages, place = sample.messages, sample.source
+        first = next(n for n, message in enumerate(messages) if message.role != "system")
+        if messages[first].is_answer:
+            raise DataError(
+                f"{place}: this conversation begins with the assistant.",
+                why="What its first answer answers is not there, and generation never begins so.",
+                fix="Add the user's turn, or remove the answer.",
+            )
+        whole = _render(self.tokenizer, messages, tools=sample.tools, place=place)
+        _check_written(sample, whole)
+        learned = [n for n, message in enumerate(messages) if message.is_answer and message.learned]
+        learned = learned[-1:] if self.supervise == "last" else learned
+        answers = [self._answer(sample, turn, whole=whole) for turn in learned]
+        if self.supervise in ("turns", "all"):
+            return [
+                _Written(place, whole, learned_from=self._beginning(sample, first, whole=whole))
+            ]
+        if all(whole.startswith(upto) for upto, _ in answers):
+            return [_Written(place, whole, tuple(span for _, span in answers))]
+        self.unrolled += 1
+        return [_Written(place, upto, (span,)) for upto, span in answers]
+
+    def _answer(self, sample: Sample, turn: int, *, whole: str) -> tuple[str, tuple[int, int]]:
+        """The conversation up to an answer and with it, and where in it the answer stands."""
+        messages, place, tools = sample.messages, sample.source, sample.tools
+        head = _render(self.tokenizer, messages[:turn], tools=tools, asks=True, place=place)
+        upto = whole
+        if turn + 1 < len(messages):
+            upto = _render(self.tokenizer, messages[: turn + 1], tools=tools, place=place)
+        if not upto.startswith(head):
+            _refuse(
+                place, f"the chat template asks for turn {turn + 1} otherwise than it writes it."
+            )
+        answer, message = upto[len(head) :], messages[turn]
+        own = [message.content.strip(), message.thinking.strip()]
+        if not all(part in answer for part in [*own, *(call["name"] for call in message.calls)]):
+            _refuse(place, f"the chat template leaves out part of turn {turn + 1}.")
+        # the answer's own text may hold the stop token too: the template's comes after those
+        own += [json.dumps(call, ensure_ascii=False) for call in message.calls]
+        before = 1 + sum(part.count(self._stop_text) for part in own)
+        pieces = answer.split(self._stop_text)
+        if len(pieces) <= before:
+            _refuse(place, "the chat template does not end each answer with its stop token.")
+        end = len(self._stop_text.join([*pieces[:before], ""]))
+        return upto, (len(head), len(head) + end)
+
+    def _beginning(self, sample: Sample, first: int, *, whole: str) -> int:
+        """Where the turns after the system's begin; 0 to learn all, or where it cannot be told."""
+        if self.supervise == "all" or not first:
+            return 0
+        try:
+            system = _render(self.tokenizer, sample.messages[:first], tools=sample.tools)
+        except DataError:  # this template writes no system message alone
+            return 0
+        return len(system) if whole.startswith(system) else 0
+
+    # ---- text -> ids ---------------------------------------------------------------------------
+
+    def _encode(self, texts: Sequence[_Written]) -> Iterable[Encoded | DataError]:
+        if not texts:
+            return
+        made = self.tokenizer([one.text for one in texts], add_special_tokens=False, verbose=False)
+        ids, views = made["input_ids"], made.encodings or [None] * len(texts)
+        found = [
+            [self._proven(cut, one.text, ids=ids[n], view=views[n]) for cut in one.cuts]
+            for n, one in enumerate(texts)
+        ]
+        self._prove_by_heads(texts, ids, found=found)
+        for one, whole, cuts in zip(texts, ids, found, strict=True):
+            try:
+                yield self._labelled(one, whole, found=cuts)
+            except DataError as error:
+                yield error
+
+    def _proven(self, cut: int, text: str, *, ids: list[int], view: Any) -> int | None:
+        """The token at which character `cut` begins, if the ids before it are sure to be those of
+        `text[:cut]` alone; else None.
+
+        A tokenizer splits its text at added tokens before all else. So what comes up to the last
+        of them is tokenised as if it stood alone, and the few characters from there to the cut are
+        tokenised behind that token and compared.
+        """
+        if cut in (0, len(text)):
+            return 0 if cut == 0 else len(ids)
+        at = view.char_to_token(cut) if view else None
+        if at is None or view.token_to_chars(at)[0] != cut:
+            return None
+        last = next((n for n in range(at - 1, -1, -1) if ids[n] in self._added), None)
+        if last is None:
+            return None
+        tail = text[view.token_to_chars(last)[1] : cut]
+        if len(tail) > _LONG_TAIL:
+            return None
+        return at if self._after(ids[last], tail) == ids[last + 1 : at] else None
+
+    def _after(self, token: int, tail: str) -> list[int]:
+        """The ids of `tail` behind an added token."""
+        if len(self._tails) > _MANY_TAILS:
+            self._tails.clear()
+        if (token, tail) not in self._tails:
+            mark = _decode(self.tokenizer, [token])
+            self._tails[token, tail] = _tokenise(self.tokenizer, [mark + tail])[0][1:]
+        return self._tails[token, tail]
+
+    def _prove_by_heads(
+        self, texts: Sequence[_Written], ids: Sequence[list[int]], *, found: list[list[int | None]]
+    ) -> None:
+        """Fill in the cuts of which `text[:cut]`, tokenised alone, gives the whole's first ids."""
+        asked = [
+            (n, m, one.text[:cut])
+            for n, one in enumerate(texts)
+            for m, cut in enumerate(one.cuts)
+            if found[n][m] is None
+        ]
+        heads = _tokenise(self.tokenizer, [head for _, _, head in asked]) if asked else []
+        for (n, m, _), head in zip(asked, heads, strict=True):
+            if ids[n][: len(head)] == head:
+                found[n][m] = len(head)
+
+    def _labelled(self, one: _Written, ids: list[int], *, found: Sequence[int | None]) -> Encoded:
+        cuts = [cut for cut in found if cut is not None]
+        if len(cuts) < len(found):
+            ids, cuts = _tokenise_apart(self.tokenizer, one.text, cuts=one.cuts, place=one.source)
+        if one.is_raw:
+            return self._closed(one, ids, start=cuts[0])
+        spans = list(pairwise([*cuts, len(ids)]))[::2]
+        if one.learned_from is None and any(ids[end - 1] != self.stops[0] for _, end in spans):
+            _refuse(one.source, "the chat template does not end each answer with its stop token.")
+        return Encoded(ids, _learned(ids, spans), one.source)
+
+    def _closed(self, one: _Written, ids: list[int], *, start: int) -> Encoded:
+        """Raw text with the tokenizer's own beginning and its end, learned from `start`."""
+        opened, opening = _opened(self.tokenizer, ids), _opening(self.tokenizer)
         # a beginning-of-text is never a target, not even one that the row's own text wrote
-        start = max(start + len(opened) - len(ids), len(_opening(tokenizer)))
-        eos = _eos(tokenizer)
+        start = max(start + len(opened) - len(ids), len(opening))
+        eos = self.stops[0]
         ids = opened if opened[-1:] == [eos] else [*opened, eos]
-        spans = [(start, len(ids))]
-    if supervise == "all":
-        return Encoded(ids, list(ids))
+        start = 0 if self.supervise == "all" else start
+        return Encoded(ids, _learned(ids, [(start, len(ids))]), one.source)
+
+
+def _learned(ids: list[int], spans: Iterable[tuple[int, int]]) -> list[int]:
     labels = [IGNORE] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
-    return Encoded(ids, labels)
+    return labels
 
 
-def _encode_chat(
-    tokenizer: Tokenizer, sample: Sample, *, stop: int
-) -> tuple[list[int], list[tuple[int, int]]]:
-    messages, place = sample.messages, sample.source
-    if messages[0].role == "assistant":
+def _check_written(sample: Sample, whole: str) -> None:
+    """Nothing, if the template has written every tool and every turn that is no answer."""
+    names = [tool["function"]["name"] for tool in sample.tools]
+    missing = [name for name in names if name not in whole]
+    if missing:
         raise DataError(
-            f"{place}: this conversation begins with the assistant.",
-            why="What its first answer answers is not there, and generation never begins so.",
-            fix="Add the user's turn, or remove the answer.",
+            f"{sample.source}: the chat template does not write the tools: {missing[0]!r}.",
+            why="The model would learn to call what it was never told of.",
+            fix="Take a base whose template writes tools, or leave such rows out: --skip-bad-rows.",
         )
-    whole = _render(tokenizer, messages, place=place)
-    cuts, answers = [], []
-    for index, message in enumerate(messages):
-        if message.role != "assistant":
-            continue
-        head = _render(tokenizer, messages[:index], asks=True, place=place)
-        upto = messages[: index + 1]
-        upto = whole if upto == messages else _render(tokenizer, upto, place=place)
-        answer = upto[len(head) :]
-        if not (upto.startswith(head) and whole.startswith(upto)):
-            _refuse(place, f"the chat template rewrites turn {index + 1} when others follow it.")
-        if message.content.strip() not in answer:
-            _refuse(place, f"the chat template leaves out part of turn {index + 1}.")
-        cuts.append(len(head))
-        answers.append(answer)
-    ids, starts = _tokenise_at(tokenizer, whole, cuts=cuts, place=place)
-    spans = []
-    for start, answer in zip(starts, _tokenise(tokenizer, answers), strict=True):
-        # the answer's own text may hold the stop token too: its last one is the template's
-        end = start
-        for _ in range(answer.count(stop)):
-            end = ids.index(stop, end) + 1
-        if end == start:
-            _refuse(place, "the chat template does not end each answer with its stop token.")
-        spans.append((start, end))
-    return ids, spans
+    for number, message in enumerate(sample.messages, 1):
+        content = message.content.strip()
+        as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+        if not message.is_answer and content not in whole and as_json not in whole:
+            _refuse(sample.source, f"the chat template leaves out part of turn {number}.")
 
 
 def _refuse(place: str, what: str) -> NoReturn:
@@ -247,21 +458,16 @@ def _refuse(place: str, what: str) -> NoReturn:
     )
 
 
-def _tokenise_at(
+def _tokenise_apart(
     tokenizer: Tokenizer, text: str, *, cuts: Sequence[int], place: str
 ) -> tuple[list[int], list[int]]:
-    """The ids of `text`, and where in them each of the `cuts` (characters) lies.
-
-    In one piece where the ids of each head `text[:cut]` begin those of the whole; else piece by
-    piece, each piece tokenised as what follows the ids so far.
-    """
-    ids, *heads = _tokenise(tokenizer, [text, *(text[:cut] for cut in cuts)])
-    if all(ids[: len(head)] == head for head in heads):
-        return ids, [len(head) for head in heads]
-    ids, starts = heads[0], []
+    """The ids of `text`, piece by piece, each tokenised as what follows the ids so far; and where
+    in them each of the `cuts` (characters) lies."""
+    ids, starts = _tokenise(tokenizer, [text[: cuts[0]]])[0], []
     for cut, end in pairwise([*cuts, len(text)]):
         starts.append(len(ids))
-        ids = _continued(tokenizer, ids, piece=text[cut:end], text=text[:end], place=place)
+        if end > cut:
+            ids = _continued(tokenizer, ids, piece=text[cut:end], text=text[:end], place=place)
     return ids, starts
 
 
@@ -286,13 +492,44 @@ def _continued(
     )
 
 
+def _try_out(
+    tokenizer: Tokenizer,
+    conversations: Iterable[tuple[Sequence[Message], Sequence[Mapping[str, Any]]]],
+) -> None:
+    given = [
+        {
+            **tokenizer.special_tokens_map,
+            "messages": [message.as_dict() for message in messages],
+            "tools": list(tools) or None,
+            "add_generation_prompt": True,
+        }
+        for messages, tools in conversations
+    ]
+    template = _GENERATION_TAG.sub("", chat_template_of(tokenizer, tools=bool(given[0]["tools"])))
+    try:
+        sandbox.try_out(template, given)
+    except sandbox.Breach as breach:
+        raise ModelError(
+            f"The chat template is refused: {breach}.",
+            why="It is a programme that came with the model, and writes one short conversation.",
+            fix="Take the base from its author's own page, or give its tokenizer another "
+            "chat_template.",
+        ) from breach
+
+
 def _render(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, asks: bool = False, place: str = ""
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    asks: bool = False,
+    place: str = "",
 ) -> str:
     try:
         return tokenizer.apply_chat_template(
-            [{"role": message.role, "content": message.content} for message in messages],
-            chat_template=chat_template_of(tokenizer),
+            [message.as_dict() for message in messages],
+            tools=list(tools) or None,
+            chat_template=chat_template_of(tokenizer, tools=bool(tools)),
             tokenize=False,
             add_generation_prompt=asks,
         )

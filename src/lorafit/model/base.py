@@ -66,6 +66,33 @@ def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: bool = F
         )
 
 
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of everything that decides which ids a text gets; the chat template is not in it."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
+    named = f"{type(tokenizer).__name__}{sorted(tokenizer.special_tokens_map.items())}"
+    return hashlib.sha256((named + vocabulary).encode()).hexdigest()
+
+
+def context_of(arguments: ModelArguments, tokenizer: Any) -> int | None:
+    """The most tokens the base can look back on, read before any weight; None where nobody says."""
+    name = str(_folder(arguments.model) or arguments.model)
+    try:
+        config = AutoConfig.from_pretrained(
+            name,
+            revision=arguments.revision or "main",
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    except (OSError, ValueError):  # a folder that holds a tokenizer alone
+        said = tokenizer.model_max_length
+        return said if said < UNSAID_LENGTH else None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+UNSAID_LENGTH = 10**9
+"""transformers gives tokenizers that name no longest text one far above this."""
+
+
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
     """The base on the CPU, in the dtype asked for ("auto": the checkpoint's), in eval mode.
 

@@ -3,15 +3,21 @@
 Observes events and nothing else; the only place in `run` that writes to the terminal.
 """
 
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+
 from rich.console import Console as Terminal
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
 
+from lorafit.data.audit import Audit
 from lorafit.events import (
     Evaluated,
     Event,
@@ -23,6 +29,58 @@ from lorafit.events import (
     StepEnd,
     StepSkipped,
 )
+
+
+@contextmanager
+def counting(what: str) -> Generator[Callable[[int], None]]:
+    """A live count of `what` in a terminal, told how many there are so far; nothing elsewhere."""
+    bar = Progress(
+        TextColumn("{task.completed:,.0f} {task.description}"),
+        TimeElapsedColumn(),
+        transient=True,
+        disable=not Terminal().is_terminal,
+    )
+    task = bar.add_task(what, total=None)
+    with bar:
+        yield lambda count: bar.update(task, completed=count)
+
+
+def show_report(terminal: Terminal, report: Audit, *, notices: Sequence[str] = ()) -> None:
+    """The data report as a page: sources, lengths, one example, and what would hurt.
+
+    What is learned is green; «marked» where there is no colour.
+    """
+    for text in (*(f"note: {notice}" for notice in notices), *report.sources):
+        terminal.print(text, markup=False)
+    for name, side in (("training", report.train), ("evaluation", report.evaluation)):
+        if side:
+            terminal.print(f"\n{name}: {side.examples:,} examples of {report.shape}", markup=False)
+            terminal.print(f"  tokens   {side.lengths}", markup=False)
+            terminal.print(
+                f"  learned  {side.supervised:,} of {side.tokens:,} tokens "
+                f"({side.supervised / side.tokens:.1%})"
+            )
+    terminal.print(
+        f"\nOne example, {report.shown_source}; what is learned is marked:", markup=False
+    )
+    terminal.print(marked(report.shown, colour=terminal.color_system is not None))
+    for remark in report.remarks:
+        terminal.print(f"note: {remark}", markup=False)
+    for harm in report.harms:
+        terminal.print(f"WOULD HURT: {harm}", markup=False, style="bold red")
+    if not report.harms:
+        terminal.print("Nothing was found that would hurt.", style="bold green")
+
+
+def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
+    """Pieces of text of which the learned ones stand out; control characters are written out."""
+    made = Text()
+    for text, is_learned in pieces:
+        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        if is_learned and not colour:
+            shown = f"«{shown}»"
+        made.append(shown, style="green" if is_learned else "dim")
+    return made
 
 
 class Console:
