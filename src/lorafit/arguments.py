@@ -158,8 +158,13 @@ class TrainingArguments(Panel):
     num_train_epochs: float = _length(3.0, "Passes over the data.", unit="epochs", span=FROM_0)
     max_steps: int = _length(-1, "Length of the run if above 0, whatever the epochs.", unit="steps")
     layout: str = _length(
-        "as_given", "How examples are laid out: as the micro-batches say.", choices=("as_given",)
-    )
+        "packed", "How a step's examples are laid out: end to end, or as the micro-batches say; "
+        "never what it learns.", choices=("packed", "as_given"),
+    )  # fmt: skip
+    token_budget: int | None = _length(
+        None, "Tokens laid end to end at a time; none: 1024 on a CPU, 8192 on a GPU.",
+        unit="tokens", span=FROM_1,
+    )  # fmt: skip
     max_nonfinite_steps: int = _length(
         3, "Stop after so many non-finite ones in a row.", unit="steps", span=FROM_1
     )
@@ -204,6 +209,11 @@ class TrainingArguments(Panel):
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = _speed(
         None, 'More for torch.utils.checkpoint, such as {"use_reentrant": false}.'
     )
+    recompute: str = _speed(
+        "auto", "What backward makes again of fused layers, to keep less: nothing, gate and up, "
+        "also q, k and v, or all; auto: nothing, or all with gradient_checkpointing.",
+        choices=("auto", "none", "mlp", "half", "layer"),
+    )  # fmt: skip
     torch_compile: bool = _speed(False, "Compile the model with torch.compile.")
     torch_compile_backend: str | None = _speed(None, "torch.compile's backend.")
     torch_compile_mode: str | None = _speed(None, "torch.compile's mode.")

@@ -144,6 +144,28 @@ def default_collator(processing_class: Any) -> Any:
     return default_data_collator
 
 
+def makes_rows_alone(collator: Any) -> bool:
+    """Whether `collator` is one of transformers' that makes of each row what it would make of it
+    alone, padding aside; a subclass may do anything."""
+    from transformers import DataCollatorForLanguageModeling, DataCollatorWithPadding
+    from transformers.data import data_collator as collators
+
+    alone = (
+        DataCollatorWithPadding,
+        collators.DataCollatorForSeq2Seq,
+        collators.DataCollatorWithFlattening,
+        collators.DefaultDataCollator,
+    )
+    if type(collator) is DataCollatorForLanguageModeling:
+        return not collator.mlm
+    return type(collator) in alone or collator is collators.default_data_collator
+
+
+def name_of(function: Any) -> str:
+    """What a person knows a function or an instance by."""
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def set_seed(seed: int, *, deterministic: bool = False) -> None:
     """Seed Python, numpy and torch as transformers does; `deterministic` asks CUDA for it too."""
     import transformers

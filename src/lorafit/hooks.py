@@ -5,6 +5,7 @@ wherever transformers' Trainer would use it; where none is, the engine does the 
 the loop.
 """
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -14,19 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafit import compat, parts
+from lorafit import compat, packing, parts
 from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
 from lorafit.engine.evaluation import Evaluation, Gathered, Predicted, evaluate
-from lorafit.engine.layout import MicroBatch, as_given, moved
+from lorafit.engine.layout import MicroBatch, as_given, is_plain, moved, packed
 from lorafit.engine.objective import Objective
 from lorafit.engine.optim import Recipe
 from lorafit.errors import ConfigError
 from lorafit.face import Face
 from lorafit.model import adapters, base
 from lorafit.names import UNCALLED
+from lorafit.packing import Packing
 from lorafit.parts import Overrides
 from lorafit.run.callbacks import EvalLoopOutput, PredictionOutput
 from lorafit.run.observers import evaluated
@@ -39,6 +41,7 @@ class Hooks(Face):
     """Whether an overridden `compute_loss` divides by `num_items_in_batch` itself; None: it does
     where it is told that number."""
 
+    _packing = Packing()
     _objective_of: tuple[tuple[Any, ...], Objective] | None = None
     model_preparation_time: float | None = None
     """Seconds that an evaluation before any training took to find out the model's loss."""
@@ -194,8 +197,9 @@ class Hooks(Face):
 
     def _objective(self) -> Objective:
         """The loss of this model, found out once, and again where another takes its place."""
-        smoothing = self._settings.label_smoothing_factor
-        made_for = (self.model, self.compute_loss_func, vars(self).get("compute_loss"), smoothing)
+        arguments, own = self._settings, vars(self).get("compute_loss")
+        asked = (arguments.label_smoothing_factor, arguments.layout, arguments.token_budget)
+        made_for = (self.model, self.compute_loss_func, own, self.data_collator, *asked)
         if self._objective_of is None or self._objective_of[0] != made_for:
             self._objective_of = made_for, self._make_objective()
         return self._objective_of[1]
@@ -215,14 +219,35 @@ class Hooks(Face):
                 made = self.compute_loss(model, inputs, **given)
             return made if isinstance(made, tuple) else (made, None)
 
-        return parts.objective(
+        overrides = self._overrides()
+        replaced = overrides.any_of("compute_loss", "compute_loss_func")
+        plain = not replaced and base.is_plain_causal(self.model)
+        padded = parts.objective(
             self.model,
             compute_loss,
             arguments=self._settings,
-            overrides=self._overrides(),
+            plain=plain,
             divided=self._divided,
             precision=self._precision,
         )
+        self._packing = packing.choose(
+            self.model,
+            arguments=self._settings,
+            precision=self._precision,
+            collator=self.data_collator,
+            first=self._first_row,
+            plain=plain,
+            replaced=overrides.of_step,
+        )
+        return objectives.by_documents(self._packing.runner, padded, drawn=self._packing.drawn)
+
+    def _first_row(self) -> Any:
+        """A batch of the training set's first row; None of a stream, which must not be begun."""
+        rows = self.train_dataset if self.train_dataset is not None else self.eval_dataset
+        if isinstance(rows, dict) or not loader.length_of(rows):
+            return None
+        collate = parts.columns_kept(self.data_collator, self.model, arguments=self._settings)
+        return collate([rows[0]])
 
     @property
     def _device(self) -> torch.device:
@@ -418,16 +443,27 @@ class Hooks(Face):
         keep: Callable[[Predicted], None],
         ignore_keys: list[str] | None = None,
     ) -> Evaluation:
-        shifted = self._objective().shifted
+        shifted, overrides = self._objective().shifted, self._overrides()
+        theirs = overrides.any_of("prediction_step", "get_eval_dataloader", "get_test_dataloader")
+        end_to_end = loss_only and self._packing.runner is not None and not theirs
 
         def predict(batch: MicroBatch) -> tuple[Tensor | None, Any, Any]:
+            if batch.documents:
+                return (
+                    self._objective().measure(self.model, batch.to(self._device)).loss,
+                    None,
+                    None,
+                )
             return self.prediction_step(
                 self.model, batch.inputs, loss_only, ignore_keys=ignore_keys
             )
 
         def laid_out() -> Iterator[MicroBatch]:
             for batch in batches:
-                yield from as_given([batch], shifted=shifted)
+                if end_to_end and is_plain(batch):
+                    yield from packed([batch], budget=sys.maxsize)
+                else:
+                    yield from as_given([batch], shifted=shifted)
 
         with optim.resting(self.optimizer), base.without_cache(self.model):
             return evaluate(self.model, laid_out(), predict=predict, keep=keep)

@@ -170,13 +170,15 @@ class Overrides:
 
     @property
     def notices(self) -> list[str]:
-        """A line where micro-batches must be run as the collator made them, and one where what was
-        written is never called."""
-        step = self.names & {"compute_loss", "compute_loss_func", *STEPPING}
-        data = self.names & {"get_train_dataloader", "_get_train_sampler"}
-        given = f"micro-batches are run as given: {_listed(step | data)} is yours"
+        """A line where what was written is never called."""
         idle = f"never called here, though transformers' Trainer does: {_listed(self.idle)}"
-        return [given] * bool(step | data) + [idle] * bool(self.idle)
+        return [idle] * bool(self.idle)
+
+    @property
+    def of_step(self) -> frozenset[str]:
+        """Those that see micro-batches, so that these must be as the collator made them."""
+        seeing = {"compute_loss", "compute_loss_func", *STEPPING}
+        return self.names & (seeing | {"get_train_dataloader", "_get_train_sampler"})
 
     @property
     def of_evaluation(self) -> frozenset[str]:
@@ -199,7 +201,7 @@ def objective(
     compute_loss: ComputeLoss,
     *,
     arguments: TrainingArguments,
-    overrides: Overrides,
+    plain: bool,
     divided: Callable[[int | None], bool],
     precision: Precision,
 ) -> Objective:
@@ -207,9 +209,10 @@ def objective(
 
     Args:
         compute_loss: The trainer's, for every other case.
+        plain: Whether the loss is plain causal cross entropy, and nobody's own.
         divided: Whether a loss of its that is told this count comes divided for the whole step.
     """
-    if not overrides.any_of("compute_loss", "compute_loss_func") and base.is_plain_causal(model):
+    if plain:
         return objectives.summed(precision, smoothing=arguments.label_smoothing_factor)
     shifted = base.declares_causal_loss(model)
     return objectives.own(compute_loss, divided=divided, shifted=shifted, precision=precision)

@@ -28,22 +28,29 @@ from lorafit.run.checkpoint import Kept, Position, RunState
 from lorafit.run.progress import Done, Progress
 from lorafit.run.signals import Signals
 
-Layout = Callable[[Sequence[Any]], Sequence[MicroBatch]]
-"""The collated batches of a step -> its micro-batches."""
+Layout = Callable[[Sequence[Any], int], Sequence[MicroBatch]]
+"""The collated batches of a step, and its number -> its micro-batches."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Watch:
-    """What happens inside a step besides arithmetic: signals are polled, callbacks told."""
+    """What happens inside a step besides arithmetic: signals are polled, callbacks told.
+
+    Mutable: `substeps` are the ends of micro-batches that callbacks have yet to be told of, as many
+    as the step's batches have, however they are laid out.
+    """
 
     callbacks: Callbacks
     signals: Signals
     updater: Updater
+    substeps: int = 0
 
     def after_micro_batch(self, *, last: bool) -> None:
         """After each backward; may raise `Asked`."""
         self.signals.poll()
-        if not last:
+        told = self.substeps if last else min(1, self.substeps)
+        self.substeps -= told
+        for _ in range(told):
             self.callbacks.fire("on_substep_end")
 
     def before_update(self) -> None:
@@ -68,6 +75,7 @@ class Session:
     engine: Engine
     loader: Loader
     layout: Layout
+    laid_out: str
     progress: Progress
     readings: Readings
     watch: Watch
@@ -121,6 +129,11 @@ class Session:
     def _begin_step(self) -> None:
         self.step_began, self.clock = checkpoint.random_state(), time.perf_counter()
 
+    def lay_out(self, step: StepBatches) -> Sequence[MicroBatch]:
+        """The micro-batches of the step that comes next."""
+        self.watch.substeps = len(step.batches) - 1
+        return self.layout(step.batches, self.position.step)
+
     def finish_step(self, result: StepResult, *, of: StepBatches) -> None:
         """Move on by one step, the one `of` these batches."""
         here = self.position
@@ -171,7 +184,7 @@ class Session:
             parameters=total,
             device=str(self.engine.precision.device),
             precision=str(self.engine.precision),
-            layout=arguments.layout,
+            layout=self.laid_out,
         )
 
     def ended_event(self, reason: Reason, *, restored: str = "") -> RunEnded:

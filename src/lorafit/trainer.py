@@ -9,6 +9,7 @@ import math
 import signal
 from collections.abc import Generator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lorafit import compat, parts
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine.evaluation import Readings
-from lorafit.engine.layout import MicroBatch, as_given
+from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import Whole
 from lorafit.engine.optim import Reached
 from lorafit.errors import ConfigError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
 from lorafit.model import adapters, base
+from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
 from lorafit.run import checkpoint, store
@@ -106,6 +108,7 @@ class Trainer(Hooks):
                 watching_gradients(self.observers, Reached(self.model)),
                 base.without_cache(self.model),
                 noisy_embeddings(self.model, arguments.neftune_noise_alpha),
+                counting_dropout(self.model, self._packing.drawn),
             ):
                 return self._run(run)
 
@@ -137,7 +140,7 @@ class Trainer(Hooks):
         self._callbacks.fire("on_epoch_begin")
         for step in run.steps(epoch):
             self._callbacks.fire("on_step_begin")
-            result = run.engine.step(run.layout(step.batches), run.watch)
+            result = run.engine.step(run.lay_out(step), run.watch)
             run.finish_step(result, of=step)
             self._callbacks.moved(run.position.step, run.epoch(), seen=run.progress)
             self.observers.tell(*run.progress.overdue())
@@ -266,7 +269,8 @@ class Trainer(Hooks):
             engine=engine,
             loader=steps,
             watch=Watch(self._callbacks, Signals(), engine.updater),
-            layout=lambda batches: as_given(batches, shifted=objective.shifted),
+            layout=partial(self._packing.lay_out, shifted=objective.shifted),
+            laid_out=self._packing.layout,
             progress=Progress(limit=arguments.max_nonfinite_steps + self._precision.settling),
             readings=parts.readings(
                 plan,
@@ -282,6 +286,7 @@ class Trainer(Hooks):
             self._precision.notice,
             self._optimizer_notice,
             *overrides.notices,
+            *self._packing.notices,
             run.readings.notice,
         )
         return run

@@ -64,8 +64,7 @@ def evaluate(
     with measuring(model):
         for batch, last in with_last(batches):
             loss, logits, labels = predict(batch)
-            labelled = isinstance(batch.inputs, Mapping) and "labels" in batch.inputs
-            weight = batch.supervised if labelled else batch.rows
+            weight = batch.supervised if batch.has_labels else batch.rows
             has_loss |= loss is not None
             if loss is not None and weight:  # without supervision there is no mean to weigh
                 nats = nats + exact(loss) * weight

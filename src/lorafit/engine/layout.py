@@ -1,18 +1,21 @@
 """The examples of one step -> micro-batches. Layout changes speed and memory, never the numbers.
 
 Owns what a micro-batch is and how many supervised tokens it has, counted on the host before
-anything moves to a device. Knows neither models nor files. `as_given` runs the user's own padded
-batches literally; it is the only layout of this version.
+anything moves to a device. `as_given` runs the user's own padded batches literally; `packed` lays
+their examples end to end in micro-batches of a token budget. Knows neither models nor files.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorafit.kernels.cross_entropy import supervised_tokens
+from lorafit.errors import DataError
+from lorafit.kernels.cross_entropy import IGNORE, supervised_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +28,38 @@ class MicroBatch:
         supervised: Tokens that carry loss; 0 where there are no "labels" to count.
         tokens: Real tokens, padding left out.
         positions: Tokens with their padding: what the forward is run on.
+        documents: Tokens of each example, where they lie end to end; then `inputs` are `input_ids`
+            and `position_ids` [T], `rows`, the tokens that predict a supervised one, and `targets`,
+            those supervised ones [N].
+        examples: How many lie end to end, those without supervision that were left out included.
+        drawn: The key of each token's example and its position there, where LoRA's dropout is
+            made from them.
     """
 
     inputs: Any
     supervised: int
     tokens: int
     positions: int
+    documents: tuple[int, ...] = ()
+    examples: int = 0
+    drawn: tuple[Tensor, Tensor] | None = None
 
     @property
     def rows(self) -> int:
         """How many examples."""
-        return _rows(self.inputs)
+        return self.examples or _rows(self.inputs)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether there are labels to be supervised by, be they all masked."""
+        return isinstance(self.inputs, Mapping) and not self.inputs.keys().isdisjoint(
+            ("labels", "targets")
+        )
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same with its inputs on `device`."""
-        return replace(self, inputs=mapped(self.inputs, lambda t: t.to(device, non_blocking=True)))
+        drawn = moved(self.drawn, device)
+        return replace(self, inputs=moved(self.inputs, device), drawn=drawn)
 
 
 def moved(value: Any, device: torch.device) -> Any:
@@ -59,14 +79,33 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return value
 
 
-def as_given(batches: Iterable[Any], *, shifted: bool) -> list[MicroBatch]:
+def as_given(
+    batches: Iterable[Any], *, shifted: bool, draw: tuple[int, int] | None = None
+) -> list[MicroBatch]:
     """One micro-batch for each batch that the collator made, in its order.
 
     Args:
         batches: Mappings, of tensors for the most part; what else a collator made goes through.
         shifted: Whether token t is predicted from t - 1, so that a row's first label is no target.
+        draw: See `packed`.
     """
-    return [_micro_batch(batch, shifted=shifted) for batch in batches]
+    made = [_micro_batch(batch, shifted=shifted) for batch in batches]
+    if draw is None:
+        return made
+    firsts = accumulate((batch.rows for batch in made), initial=0)
+    return [
+        replace(batch, drawn=_drawn(batch, first, draw))
+        for batch, first in zip(made, firsts, strict=False)
+    ]
+
+
+def _drawn(batch: MicroBatch, first: int, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Keys and positions of a padded batch whose first row is the step's `first` example."""
+    ids_BT = batch.inputs["input_ids"]
+    mask_BT = batch.inputs.get("attention_mask", torch.ones_like(ids_BT))
+    keys = torch.tensor([example_key(*draw, first + row) for row in range(batch.rows)])
+    places_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
+    return keys[:, None].expand_as(ids_BT).flatten(), places_BT.flatten()
 
 
 def _rows(value: Any) -> int:
@@ -89,3 +128,156 @@ def _micro_batch(inputs: Any, *, shifted: bool) -> MicroBatch:
         tokens=int(tensors.get("attention_mask", torch.ones_like(ids)).count_nonzero()),
         positions=ids.numel(),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A row without padding: ids and labels, int64 [tokens]. Tokens after the last supervised one
+    are cut, as nothing depends on them; `tokens` counts them."""
+
+    ids: Tensor
+    labels: Tensor
+    tokens: int
+
+
+def packed(
+    batches: Iterable[Mapping[str, Tensor]], *, budget: int, draw: tuple[int, int] | None = None
+) -> list[MicroBatch]:
+    """The examples of padded batches, end to end in micro-batches of at most `budget` tokens.
+
+    None is split: one that is longer has a micro-batch for itself. Best fit, long ones first
+    (Johnson 1973), so that few tokens of the budget are left over; the same for the same lengths.
+    An example without supervision is left out, unless none has any.
+
+    Args:
+        draw: Seed and number of the step, where its examples draw random numbers.
+    """
+    documents = [document for batch in batches for document in unpadded(batch)]
+    kept = [place for place, document in enumerate(documents) if len(document.ids)]
+    if not kept:
+        kept, documents[0] = [0], _bare(documents[0])
+    bins = best_fit([len(documents[place].ids) for place in kept], budget=budget)
+    made = []
+    for members in bins:
+        places = [kept[member] for member in members]
+        batch = _end_to_end([documents[place] for place in places])
+        keys = torch.tensor([example_key(*draw, place) for place in places] if draw else [])
+        drawn = _by_token(keys, batch) if draw else None
+        made.append(replace(batch, drawn=drawn))
+    others = [d.tokens for place, d in enumerate(documents) if place not in kept]
+    first, rest = made[0], made[1:]
+    whole = replace(first, tokens=first.tokens + sum(others), examples=first.examples + len(others))
+    return [whole, *rest]
+
+
+def example_key(seed: int, step: int, place: int) -> int:
+    """32 bits that name an example of a step wherever it lies, for its random numbers; `place` is
+    its place in the step's order."""
+    named = f"{seed} {step} {place}".encode()
+    return int.from_bytes(hashlib.blake2b(named, digest_size=4).digest())
+
+
+def _by_token(keys: Tensor, batch: MicroBatch) -> tuple[Tensor, Tensor]:
+    lengths = torch.tensor(batch.documents)
+    return keys.repeat_interleave(lengths), batch.inputs["position_ids"]
+
+
+_FLATTENED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What transformers' flattening collator adds: where documents begin, once more."""
+
+
+def is_plain(batch: Any) -> bool:
+    """Whether a batch holds what `unpadded` reads and nothing that a model would take besides."""
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        return False
+    known = {"input_ids", "labels", "attention_mask"}
+    flattened = "position_ids" in batch and "attention_mask" not in batch
+    known |= {"position_ids", *_FLATTENED} if flattened else set()
+    ids, labels = batch["input_ids"], batch["labels"]
+    return batch.keys() <= known and ids.ndim == 2 and ids.shape == labels.shape
+
+
+def unpadded(batch: Mapping[str, Tensor]) -> Iterator[Document]:
+    """The rows of a batch, cut to their attention mask; a flattened batch, whose documents begin
+    where `position_ids` are 0, is cut there.
+
+    Raises:
+        DataError: a mask has holes, which no cut can mend, or the batch is not `is_plain`.
+    """
+    if not is_plain(batch):
+        raise DataError(
+            f"A batch holds {', '.join(map(str, batch))}, unlike the first row.",
+            why="Only rows of ids, mask and labels can be laid end to end.",
+            fix="Write layout='as_given' to run batches as your collator makes them.",
+        )
+    ids_BT, labels_BT = batch["input_ids"], batch["labels"]
+    mask_BT = batch.get("attention_mask")
+    starts_BT = batch.get("position_ids") if mask_BT is None else None
+    for row, (ids, labels) in enumerate(zip(ids_BT, labels_BT, strict=True)):
+        if starts_BT is not None:
+            sizes = _between((starts_BT[row] == 0).nonzero().flatten().tolist(), len(ids))
+            yield from map(_example, ids.split(sizes), labels.split(sizes))
+        elif mask_BT is None:
+            yield _example(ids, labels)
+        else:
+            seen = mask_BT[row].nonzero().flatten()
+            first, last = (int(seen[0]), int(seen[-1]) + 1) if len(seen) else (0, 0)
+            if len(seen) != last - first:
+                raise _holes(row)
+            yield _example(ids[first:last], labels[first:last])
+
+
+def _holes(row: int) -> DataError:
+    return DataError(
+        f"Row {row} of a batch has an attention_mask with zeros between ones.",
+        why="Examples are laid end to end without their padding, which may stand at the ends only.",
+        fix="Write layout='as_given' to run batches as your collator makes them.",
+    )
+
+
+def _between(starts: list[int], length: int) -> list[int]:
+    return [end - start for start, end in zip(starts, [*starts[1:], length], strict=True)]
+
+
+def _example(ids: Tensor, labels: Tensor) -> Document:
+    supervised = (labels[1:] != IGNORE).nonzero()
+    end = int(supervised[-1]) + 2 if len(supervised) else 0
+    return Document(ids[:end], labels[:end], len(ids))
+
+
+def _bare(document: Document) -> Document:
+    """One token that predicts nothing: a step without supervision still has a gradient, of 0."""
+    return Document(torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE), document.tokens)
+
+
+def best_fit(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
+    """The indices of each bin, whose lengths add up to `budget` at most, or one longer alone."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        fitting = [bin for bin, left in enumerate(room) if left >= lengths[index]]
+        if fitting:
+            best = min(fitting, key=lambda bin: room[bin])
+            bins[best].append(index)
+            room[best] -= lengths[index]
+        else:
+            bins.append([index])
+            room.append(budget - lengths[index])
+    return bins
+
+
+def _end_to_end(documents: Sequence[Document]) -> MicroBatch:
+    lengths = tuple(len(document.ids) for document in documents)
+    labels = torch.cat([document.labels for document in documents])
+    targets = torch.cat([labels[1:], torch.full((1,), IGNORE)])
+    for end in accumulate(lengths):
+        targets[end - 1] = IGNORE  # what follows is another document's first token
+    rows = (targets != IGNORE).nonzero().flatten()
+    inputs = {
+        "input_ids": torch.cat([document.ids for document in documents]),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths]),
+        "rows": rows,
+        "targets": targets[rows],
+    }
+    tokens = sum(document.tokens for document in documents)
+    return MicroBatch(inputs, len(rows), tokens, sum(lengths), lengths, len(lengths))

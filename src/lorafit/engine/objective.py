@@ -9,12 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.precision import Precision
 from lorafit.errors import ConfigError
+from lorafit.kernels.attention import Documents
 from lorafit.kernels.cross_entropy import summed_nats, supervised_tokens
+from lorafit.kernels.lora import Counters
+from lorafit.model.documents import Runner
+from lorafit.model.lora import Drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,47 @@ def summed(precision: Precision, *, smoothing: float = 0.0) -> Objective:
         return Measured(nats / max(batch.supervised, 1), outputs)
 
     return Objective(part, measure, shifted=True)
+
+
+def by_documents(runner: Runner | None, otherwise: Objective, *, drawn: Drawn) -> Objective:
+    """The law's objective on documents lying end to end, by `runner`.
+
+    Args:
+        otherwise: For padded batches: all of them, or those whose predictions somebody wants.
+        drawn: Where LoRA's dropouts look for the counters of a padded batch.
+    """
+
+    def states(batch: MicroBatch) -> Tensor:
+        assert runner is not None
+        inputs = batch.inputs
+        ids_T: Tensor = inputs["input_ids"]
+        return runner.states(
+            ids_T,
+            inputs["position_ids"],
+            documents=Documents.on(ids_T.device, batch.documents),
+            rows_N=inputs["rows"],
+            counters=Counters(*batch.drawn) if batch.drawn else None,
+        )
+
+    def part(model: nn.Module, batch: MicroBatch, *, whole: Whole) -> Tensor:
+        if runner is None or not batch.documents:
+            drawn.counters = Counters(*batch.drawn) if batch.drawn else None
+            return otherwise.part(model, batch, whole=whole)
+        nats = runner.nats(states(batch), batch.inputs["targets"])
+        return nats / max(whole.supervised, 1)
+
+    def measure(model: nn.Module, batch: MicroBatch) -> Measured:
+        if runner is None or not batch.documents:
+            return otherwise.measure(model, batch)
+        nats_N = runner.each(states(batch), batch.inputs["targets"])
+        return Measured(nats_N.sum(dtype=_wide(nats_N)) / max(batch.supervised, 1))
+
+    return Objective(part, measure, otherwise.shifted)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    """Float64, which Metal lacks."""
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def _unlabelled(inputs: Mapping[str, Any]) -> ConfigError:

@@ -1,12 +1,27 @@
 """The loss: nats summed over supervised tokens. The only place where a loss is computed.
 
-Knows neither models nor batches, only logits and labels. Shapes: `B` rows, `T` tokens,
-`N` supervised tokens, `V` vocabulary.
+`summed_nats` takes logits as a model made them. `linear_nats` takes the hidden states of supervised
+tokens and a frozen head, a few rows at a time: logits become their own gradient in place and are
+never all there; the head gets none. Backward by hand, with p = softmax(h W'):
+
+    dh = (p - onehot) W       smoothed: (p - (1 - a) onehot - a / V) W
+    with soft-capping z = c tanh(l / c): times 1 - (z / c)^2 before W
+
+Knows neither models nor batches. Shapes: `B` rows, `T` tokens, `N` supervised tokens, `D` hidden,
+`V` vocabulary.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
+
+from lorafit.kernels import native
+from lorafit.kernels.elementwise import accumulating
 
 IGNORE = -100
 """The label of a token that carries no loss (torch's and transformers' convention)."""
@@ -54,3 +69,90 @@ def summed_nats(
 def supervised_tokens(labels: Tensor, *, shifted: bool) -> int:
     """How many labels carry loss; `shifted` leaves out each row's first, which nothing predicts."""
     return int(((labels[..., 1:] if shifted else labels) != IGNORE).sum())
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen output layer.
+
+    Attributes:
+        weight_VD: In the dtype of the product.
+        softcap: Logits are bent to lie within this (Gemma 2); 0: as they are.
+        smoothing: Label smoothing, uniform over the vocabulary.
+    """
+
+    weight_VD: Tensor
+    softcap: float = 0.0
+    smoothing: float = 0.0
+
+
+CHUNK = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""Bytes of logits at a time: within a CPU's last cache, and enough rows for a GPU's products."""
+
+
+def linear_nats(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    """Negative log-likelihood in nats of `hidden_ND @ head.T`, summed: a float32 scalar (float64
+    for float64) whose backward is that of `hidden_ND` alone."""
+    made = _LinearNats.apply(hidden_ND, targets_N, head)
+    assert isinstance(made, Tensor)
+    return made
+
+
+def linear_nats_each(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    """The same for each token, [N], without a graph: what evaluation sums."""
+    parts = [nats_N for nats_N, _ in _chunks(hidden_ND, head, targets_N)]
+    return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=torch.float32)
+
+
+class _LinearNats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, targets_N: Tensor, head: Head) -> Tensor:
+        dtype = head.weight_VD.dtype
+        total = torch.zeros((), dtype=accumulating(dtype), device=hidden_ND.device)
+        dhidden_ND = torch.empty(hidden_ND.shape, dtype=dtype, device=hidden_ND.device)
+        start = 0
+        for nats_N, dlogits_NV in _chunks(hidden_ND, head, targets_N):
+            total += nats_N.sum()
+            torch.mm(dlogits_NV, head.weight_VD, out=dhidden_ND[start : start + len(nats_N)])
+            start += len(nats_N)
+        ctx.save_for_backward(dhidden_ND)
+        ctx.dtype = hidden_ND.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (dhidden_ND,) = ctx.saved_tensors
+        wide_ND = dhidden_ND.to(accumulating(dhidden_ND.dtype))
+        return (wide_ND * grads[0]).to(ctx.dtype), None, None
+
+
+def _chunks(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nats of a few rows at a time, and the gradient of their logits."""
+    weight_VD = head.weight_VD
+    room = CHUNK.get(hidden_ND.device.type, CHUNK["cpu"])
+    size = max(64, room // (len(weight_VD) * weight_VD.element_size()))
+    for rows_ND, rows_N in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
+        logits_NV = rows_ND.to(weight_VD.dtype) @ weight_VD.T
+        yield _nats_(logits_NV, rows_N, head=head), logits_NV
+
+
+def _nats_(logits_NV: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
+    """Nats of each row [N]; the logits become the gradient of their sum."""
+    call = native.function("cross_entropy", logits_NV)
+    if call:
+        nats_N = torch.empty(len(logits_NV), dtype=torch.float32)
+        call(logits_NV, targets_N, nats_N, *logits_NV.shape, head.smoothing, head.softcap)
+        return nats_N
+    wide_NV = logits_NV.to(accumulating(logits_NV.dtype))
+    if head.softcap:
+        wide_NV = head.softcap * torch.tanh(wide_NV / head.softcap)
+    log_NV = wide_NV.log_softmax(dim=1)
+    hit_N1, even = targets_N[:, None], head.smoothing / log_NV.shape[1]
+    nats_N = -(1 - head.smoothing) * log_NV.gather(1, hit_N1)[:, 0] - even * log_NV.sum(dim=1)
+    grad_NV = log_NV.exp_().sub_(even)
+    grad_NV.scatter_add_(1, hit_N1, grad_NV.new_full(hit_N1.shape, head.smoothing - 1))
+    if head.softcap:
+        grad_NV *= 1 - (wide_NV / head.softcap).square()
+    logits_NV.copy_(grad_NV)
+    return nats_N

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from huggingface_hub.constants import HF_HUB_OFFLINE
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,6 +36,7 @@ from transformers.utils.hub import cached_file
 
 from lorafit.arguments import ModelArguments, TrainingArguments
 from lorafit.errors import ModelError, nearest
+from lorafit.kernels.attention import Documents, Look, attend
 from lorafit.kernels.cross_entropy import IGNORE, summed_nats, supervised_tokens
 
 INDEX = "model.safetensors.index.json"
@@ -163,6 +165,21 @@ def unwrap(model: nn.Module) -> Any:
     """The module beneath a PEFT wrapper, or `model` itself."""
     beneath = getattr(model, "get_base_model", None)
     return beneath() if beneath else model
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """What turns ids into hidden states, beneath the head; None where the model does not say."""
+    base = unwrap(model)
+    return base.get_decoder() if isinstance(base, PreTrainedModel) else None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody looks at the module's forward or backward, or has replaced it."""
+    hooks = (
+        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+        *("_forward_hooks_with_kwargs",),
+    )
+    return any(getattr(module, name) for name in hooks) or "forward" in vars(module)
 
 
 def is_plain_causal(model: nn.Module) -> bool:
@@ -333,6 +350,46 @@ def without_cache(model: nn.Module) -> Generator[None]:
         yield
     finally:
         config.use_cache = before
+
+
+@contextmanager
+def attending_by_documents(base: Any, documents: Documents) -> Generator[None]:
+    """Inside, `base`'s attention is `kernels.attention`'s over these documents; it is to be given
+    one row of tokens without a mask. By transformers' attention interface."""
+
+    def attention(
+        module: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,  # noqa: ARG001 none is made for an interface it does not know
+        scaling: float | None = None,
+        **how: Any,
+    ) -> tuple[Tensor, None]:
+        if (
+            how.get("softcap")
+            or how.get("s_aux") is not None
+            or not getattr(module, "is_causal", 1)
+        ):
+            raise ValueError("attention with soft-capping, sinks or without causality")
+        look = Look(scaling or query.shape[-1] ** -0.5, how.get("sliding_window") or 0)
+        kind = query.device.type
+        cast = torch.is_autocast_enabled(kind)  # which would cast torch's own attention
+        dtype = torch.get_autocast_dtype(kind) if cast else value.dtype
+        rows = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+        return attend(*rows, documents=documents, look=look)[None], None
+
+    config = base.config.get_text_config()
+    before = config._attn_implementation
+    AttentionInterface.register(_BY_DOCUMENTS, attention)
+    config._attn_implementation = _BY_DOCUMENTS
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+_BY_DOCUMENTS = "lorafit_documents"
 
 
 def vocabulary_resized(model: nn.Module) -> bool:

@@ -1,0 +1,199 @@
+"""The attention half of a decoder layer as one autograd node: x + O(attention(rope(QKV(norm(x))))).
+
+Kept for backward: x, the heads q, k, v, attention's output and its log sums (and x·A, which is
+small). Made again: the norm, and q and k after a norm of their own (Qwen3). Rotation is undone, not
+remembered. With `keeps=False` q, k and v are made again too. Derivation, with n = norm(x):
+
+    do = dy Wo  ->  dq, dk, dv by attention.backward  ->  rotated back  ->  norms of heads back
+    dn = dq Wq + dk Wk + dv Wv (+ LoRA's parts, kernels/lora.py)     dx = dy + norm'(dn)
+
+Shapes: `T` tokens, `D` hidden, `O` q, k, v side by side, `H` query heads, `G` key heads, `E` head.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafit.kernels import attention, elementwise, lora
+from lorafit.kernels.attention import Documents, Look
+from lorafit.kernels.lora import Counters, Joined, Layers
+
+
+@dataclass(frozen=True)
+class Around:
+    """What all layers of a micro-batch share.
+
+    Attributes:
+        documents: Where documents lie.
+        rotary: Cosines and sines, [T, E] each, float32 (float64 for gradcheck).
+        counters: Of LoRA's dropout; None where nothing is dropped.
+        dtype: Of the matrix products.
+    """
+
+    documents: Documents
+    rotary: tuple[Tensor, Tensor]
+    counters: Counters | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class AttentionHalf:
+    """The frozen part. `head_norms`: weights of the norms on q and k, each [E], where there are."""
+
+    norm_D: Tensor
+    eps: float
+    qkv: Layers
+    out: Layers
+    heads: int
+    groups: int
+    look: Look
+    head_norms: tuple[Tensor, Tensor] | None = None
+
+
+class _Made(NamedTuple):
+    """q, k, v [T, O] as attention takes them, or before the norms of heads; x·A of QKV."""
+
+    qkv_TO: Tensor
+    xa_TR: Tensor | None
+
+
+def attention_half(
+    x_TD: Tensor,
+    half: AttentionHalf,
+    *,
+    around: Around,
+    factors: tuple[Tensor | None, ...],
+    keeps: bool = True,
+) -> Tensor:
+    """[T, D] in x's dtype.
+
+    Args:
+        factors: A and B of q, k, v and o in turn; None where there is no adapter.
+        keeps: Whether q, k and v are kept for backward.
+    """
+    made = _Node.apply(x_TD, half, around, keeps, *factors)
+    assert isinstance(made, Tensor)
+    return made
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        half: AttentionHalf,
+        around: Around,
+        keeps: bool,
+        *factors: Tensor | None,
+    ) -> Tensor:
+        joined = lora.join(half.qkv, factors[:6]), lora.join(half.out, factors[6:])
+        n_TD, _ = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=around.dtype)
+        made = _project(n_TD, half, around=around, joined=joined[0])
+        q, k, v = _heads(made.qkv_TO, half, around=around)
+        out_THE, lse = attention.forward(q, k, v, documents=around.documents, look=half.look)
+        o_TD, xa_TR = lora.forward(
+            out_THE.flatten(1), half.out, joined=joined[1], counters=around.counters
+        )
+        ctx.how = half, around, joined
+        ctx.save_for_backward(x_TD, out_THE, lse, xa_TR, *(made if keeps else (None, None)))
+        return o_TD.add_(x_TD) if o_TD.dtype == x_TD.dtype else x_TD + o_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        half, around, (joined, joined_out) = ctx.how
+        x_TD, out_THE, lse, xa_out_TR, qkv_TO, xa_TR = ctx.saved_tensors
+        counters = around.counters
+        (residual_TD,) = dys
+        dy_TD = residual_TD.to(around.dtype)
+        dout_TO, dxa_TR = lora.backward_rows(dy_TD, half.out, joined=joined_out, counters=counters)
+        grads_out = lora.backward_factors(
+            dy_TD, out_THE.flatten(1), half.out,
+            products=(xa_out_TR, dxa_TR), joined=joined_out, counters=counters,
+        )  # fmt: skip
+        n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=around.dtype)
+        if qkv_TO is None:
+            qkv_TO, xa_TR = _project(n_TD, half, around=around, joined=joined)
+        assert dout_TO is not None
+        kept = (*_heads(qkv_TO, half, around=around), out_THE, lse)
+        dqkv_TO = _attention_back(
+            dout_TO.view_as(out_THE), kept, half, qkv_TO=qkv_TO, around=around
+        )
+        wanted = ctx.needs_input_grad[0]
+        dn_TD, dxa_TR = lora.backward_rows(
+            dqkv_TO, half.qkv, joined=joined, counters=counters, wanted=wanted
+        )
+        grads = lora.backward_factors(
+            dqkv_TO, n_TD, half.qkv,
+            products=(xa_TR, dxa_TR), joined=joined, counters=counters,
+        )  # fmt: skip
+        dx_TD = None
+        if dn_TD is not None:
+            dx_TD = elementwise.rms_norm_backward(
+                dn_TD, x_TD, half.norm_D, rstd_T=rstd_T, residual_TD=residual_TD.contiguous()
+            )
+        return (dx_TD, None, None, None, *grads, *grads_out)
+
+
+def _project(n_TD: Tensor, half: AttentionHalf, *, around: Around, joined: Joined | None) -> _Made:
+    """q, k, v side by side; rotated already where heads have no norms, as nothing else is kept."""
+    qkv_TO, xa_TR = lora.forward(n_TD, half.qkv, joined=joined, counters=around.counters)
+    if half.head_norms is None:
+        q, k, _ = _split(qkv_TO, half)
+        elementwise.rotate_(q, around.rotary)
+        elementwise.rotate_(k, around.rotary)
+    return _Made(qkv_TO, xa_TR)
+
+
+def _split(qkv_TO: Tensor, half: AttentionHalf) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [T, heads, E] of q, k and v."""
+    heads, groups = half.heads, half.groups
+    all_THE = qkv_TO.view(len(qkv_TO), heads + 2 * groups, -1)
+    q, k, v = all_THE.split((heads, groups, groups), dim=1)
+    return q, k, v
+
+
+def _heads(qkv_TO: Tensor, half: AttentionHalf, *, around: Around) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v as attention takes them: normed, where heads have norms, and rotated."""
+    q, k, v = _split(qkv_TO, half)
+    if half.head_norms is None:
+        return q, k, v
+    normed = [
+        elementwise.rotate_(
+            elementwise.rms_norm(x.reshape(-1, x.shape[-1]), weight_E, eps=half.eps, dtype=x.dtype)[
+                0
+            ].view(x.shape),
+            around.rotary,
+        )
+        for x, weight_E in zip((q, k), half.head_norms, strict=True)
+    ]
+    return normed[0], normed[1], v
+
+
+def _attention_back(
+    dout_THE: Tensor,
+    kept: tuple[Tensor, ...],
+    half: AttentionHalf,
+    *,
+    qkv_TO: Tensor,
+    around: Around,
+) -> Tensor:
+    """The gradient of q, k and v side by side, as QKV gave them: [T, O]."""
+    dqkv_TO = torch.empty_like(qkv_TO)
+    grads = _split(dqkv_TO, half)
+    attention.backward(dout_THE, kept, grads=grads, documents=around.documents, look=half.look)
+    for grad in grads[:2]:
+        elementwise.rotate_(grad, around.rotary, inverse=True)
+    if half.head_norms is not None:
+        raws = _split(qkv_TO, half)
+        for grad, raw, weight_E in zip(grads, raws, half.head_norms, strict=False):
+            rows = raw.reshape(-1, raw.shape[-1])
+            _, rstd = elementwise.rms_norm(rows, weight_E, eps=half.eps, dtype=rows.dtype)
+            back = elementwise.rms_norm_backward(
+                grad.reshape(rows.shape), rows, weight_E, rstd_T=rstd, residual_TD=None
+            )
+            grad.copy_(back.view(grad.shape))
+    return dqkv_TO

@@ -1,0 +1,142 @@
+"""The passes between matrix products: norms, rotary embedding, SwiGLU, LoRA's dropout.
+
+Each is plain torch first, which any device and dtype can run (float64 for gradcheck) and which says
+what is computed; on a CPU `native.cpp` does the same in one pass. Nothing here knows autograd.
+Shapes: `T` tokens, `D` hidden, `F` feed-forward, `H` heads, `E` head width.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lorafit.kernels import native
+
+
+def rms_norm(
+    x_TD: Tensor, weight_D: Tensor, *, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm (Zhang & Sennrich 2019) in the rounding order of transformers' Llama.
+
+    Returns:
+        The normed rows in `dtype`, and 1 / rms of each row (float32, float64 for float64 rows).
+    """
+    y_TD = torch.empty(x_TD.shape, dtype=dtype, device=x_TD.device)
+    call = native.function("rms_norm", x_TD, y_TD) if weight_D.dtype == x_TD.dtype else None
+    if call:
+        rstd_T = torch.empty(len(x_TD), dtype=torch.float32)
+        call(x_TD, weight_D, y_TD, rstd_T, *x_TD.shape, eps)
+        return y_TD, rstd_T
+    wide_TD = x_TD.to(accumulating(x_TD.dtype))
+    rstd_T = torch.rsqrt(wide_TD.square().mean(-1) + eps)
+    return (weight_D * (wide_TD * rstd_T[:, None]).to(x_TD.dtype)).to(dtype), rstd_T
+
+
+def rms_norm_backward(
+    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, *, rstd_T: Tensor, residual_TD: Tensor | None
+) -> Tensor:
+    """The gradient of `rms_norm` with respect to its rows, plus `residual_TD`: dx in x's dtype.
+
+    The weight is frozen and gets none.
+    """
+    call = native.function("rms_norm_backward", x_TD, dy_TD)
+    if call and weight_D.dtype == x_TD.dtype:
+        dx_TD = torch.empty_like(x_TD)
+        call(dy_TD, x_TD, weight_D, rstd_T, residual_TD, dx_TD, *x_TD.shape)
+        return dx_TD
+    wide = rstd_T.dtype
+    scaled_TD = dy_TD.to(wide) * weight_D.to(wide)
+    hat_TD = x_TD.to(wide) * rstd_T[:, None]
+    along_T1 = (scaled_TD * hat_TD).mean(-1, keepdim=True)
+    dx_TD = rstd_T[:, None] * (scaled_TD - hat_TD * along_T1)
+    return (dx_TD if residual_TD is None else residual_TD.to(wide) + dx_TD).to(x_TD.dtype)
+
+
+def rotate_(x_THE: Tensor, rotary: tuple[Tensor, Tensor], *, inverse: bool = False) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of a row's leading heads, in place; halves are
+    paired as in transformers.
+
+    Args:
+        x_THE: A view [T, H, E] of contiguous rows that may hold more than these heads.
+        rotary: Cosines and sines, [T, E] each.
+        inverse: Rotate back, which is the gradient too.
+    """
+    cosine_TE, sine_TE = rotary
+    tokens, heads, width = x_THE.shape
+    call = native.function("rotate", x_THE) if x_THE.stride()[1:] == (width, 1) else None
+    if call and cosine_TE.dtype == torch.float32:
+        begin = torch.as_strided(x_THE, (1,), (1,))  # the rows are contiguous, the view is not
+        call(
+            begin, cosine_TE, sine_TE, tokens, x_THE.stride(0), heads, width, int(inverse)
+        )  # fmt: skip
+        return x_THE
+    wide = accumulating(x_THE.dtype)
+    cosine_T1E, sine_T1E = cosine_TE[:, None].to(wide), sine_TE[:, None].to(wide)
+    low, high = x_THE.to(wide).chunk(2, dim=-1)
+    turned_THE = torch.cat((-high, low), dim=-1) * (-sine_T1E if inverse else sine_T1E)
+    return x_THE.copy_(torch.cat((low, high), dim=-1) * cosine_T1E + turned_THE)
+
+
+def swiglu(both_T2F: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) of gate and up lying side by side: [T, F]."""
+    tokens, double = both_T2F.shape
+    call = native.function("swiglu", both_T2F)
+    if call:
+        h_TF = both_T2F.new_empty(tokens, double // 2)
+        call(both_T2F, h_TF, *h_TF.shape)
+        return h_TF
+    gate_TF, up_TF = both_T2F.chunk(2, dim=-1)
+    return functional.silu(gate_TF) * up_TF
+
+
+def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
+    """`swiglu` anew; `both_T2F` becomes the gradients of gate and up."""
+    call = native.function("swiglu_backward", both_T2F)
+    if call:
+        h_TF = torch.empty_like(dh_TF)
+        call(both_T2F, dh_TF, h_TF, *h_TF.shape)
+        return h_TF
+    gate_TF, up_TF = both_T2F.to(accumulating(both_T2F.dtype)).chunk(2, dim=-1)
+    sigmoid_TF = gate_TF.sigmoid()
+    silu_TF = gate_TF * sigmoid_TF
+    h_TF = (silu_TF.to(both_T2F.dtype) * up_TF).to(dh_TF.dtype)
+    dgate_TF = dh_TF * up_TF * sigmoid_TF * (1 + gate_TF - silu_TF)
+    both_T2F.copy_(torch.cat((dgate_TF, dh_TF * silu_TF), dim=-1))
+    return h_TF
+
+
+def dropped(x_TD: Tensor, counters: tuple[Tensor, Tensor], *, share: float) -> Tensor:
+    """Dropout whose mask is a function of counters: `x` times 1 / (1 - share), or 0.
+
+    Element d of a token is dropped where a hash of (key, position x D + d) falls below `share`, so
+    that the mask does not depend on what else lies beside the token. The hash is a 32-bit mixer
+    ("lowbias32", Wellons 2018) over a Weyl sequence; draws of neighbouring elements are
+    uncorrelated to the precision that tests can see (tests/kernels/test_elementwise.py).
+
+    Args:
+        counters: The key of each token's document, layer and module, and its position; int64 [T].
+        share: Probability of dropping, in [0, 1).
+    """
+    keys_T, places_T = counters
+    threshold, scale = min(int(share * 2**32), 2**32 - 1), 1 / (1 - share)
+    call = native.function("dropout", x_TD)
+    if call:
+        y_TD = torch.empty_like(x_TD)
+        call(x_TD, y_TD, keys_T, places_T, *x_TD.shape, threshold, scale)
+        return y_TD
+    width = x_TD.shape[1]
+    index_TD = places_T[:, None] * width + torch.arange(width, device=x_TD.device)
+    z_TD = _low(_low(index_TD) * 0x9E3779B9) ^ _low(keys_T)[:, None]
+    z_TD = _low((z_TD ^ (z_TD >> 16)) * 0x7FEB352D)
+    z_TD = _low((z_TD ^ (z_TD >> 15)) * 0x846CA68B)
+    z_TD = z_TD ^ (z_TD >> 16)
+    return torch.where(z_TD >= threshold, x_TD * scale, 0.0)
+
+
+def _low(value: Tensor) -> Tensor:
+    """The low 32 bits: int64 arithmetic wraps modulo 2^64, which keeps them right."""
+    return value & 0xFFFFFFFF
+
+
+def accumulating(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over values of `dtype` are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,212 @@
+"""Linear layers that read the same rows, with their LoRA adapters: y = x W' + s (drop(x) A') B'.
+
+Hu et al. 2021. Weights are frozen and lie one below the other (q, k, v; gate, up), so that all of
+them are one product; so are their A, and their B as blocks of one matrix. Backward by hand:
+
+    dxa = dy sB          dB = s dy' xa        dA = dxa' drop(x)
+    dx  = dy W + drop(dxa A)                  the weight gets none: it is frozen
+
+Knows no autograd: the half blocks call these. PEFT's tensors are read as they are, each time.
+Shapes: `T` tokens, `D` in, `O` out, `R` ranks of all layers together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from lorafit.kernels.elementwise import dropped
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a layer's adapter is besides its two matrices.
+
+    Attributes:
+        scale: alpha / r, or what stands for it.
+        share: Probability of dropout.
+        salt: Names the module in the counters of its dropout.
+    """
+
+    scale: float
+    share: float = 0.0
+    salt: int = 0
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Frozen weights side by side.
+
+    Attributes:
+        weight_OD: In the dtype of the product.
+        bias_O: None where none of the layers has one.
+        widths: Rows of each layer; they add up to O.
+        adapters: One for each layer; None where it has none.
+    """
+
+    weight_OD: Tensor
+    bias_O: Tensor | None
+    widths: tuple[int, ...]
+    adapters: tuple[Adapter | None, ...]
+
+    @property
+    def drops(self) -> bool:
+        """Whether an adapter drops inputs."""
+        return any(adapter is not None and adapter.share for adapter in self.adapters)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What dropout's masks are made from: int64 [T], the key of each token's example in this step
+    and its position there."""
+
+    keys_T: Tensor
+    places_T: Tensor
+
+    def of(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """For one adapter's `dropped`."""
+        return self.keys_T * 0x9E3779B1 + adapter.salt * 0x85EBCA77, self.places_T
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The adapters of `Layers` as one: A below A, B block by block and scaled."""
+
+    a_RD: Tensor
+    b_OR: Tensor
+    ranks: tuple[int, ...]
+
+
+def reference(
+    x_TD: Tensor, weight_OD: Tensor, *, a_RD: Tensor, b_OR: Tensor, scale: float
+) -> Tensor:
+    """One layer in plain lines and float64."""
+    x_TD = x_TD.double()
+    return x_TD @ weight_OD.double().T + scale * (x_TD @ a_RD.double().T) @ b_OR.double().T
+
+
+def join(layers: Layers, factors: Sequence[Tensor | None]) -> Joined | None:
+    """The adapters in the dtype of the product; None where no layer has one.
+
+    Args:
+        factors: A and B of each layer in turn, None and None where it has no adapter.
+    """
+    downs, ups = factors[0::2], factors[1::2]
+    ranks = tuple(0 if a is None else len(a) for a in downs)
+    if not sum(ranks):
+        return None
+    weight_OD = layers.weight_OD
+    a_RD = weight_OD.new_empty(sum(ranks), weight_OD.shape[1])
+    b_OR = weight_OD.new_zeros(len(weight_OD), sum(ranks))
+    row = column = 0
+    for width, rank, a, b, adapter in zip(
+        layers.widths, ranks, downs, ups, layers.adapters, strict=True
+    ):
+        if a is not None and b is not None and adapter is not None:
+            a_RD[column : column + rank] = a
+            torch.mul(b, adapter.scale, out=b_OR[row : row + width, column : column + rank])
+        row, column = row + width, column + rank
+    return Joined(a_RD, b_OR, ranks)
+
+
+def forward(
+    x_TD: Tensor, layers: Layers, *, joined: Joined | None, counters: Counters | None
+) -> tuple[Tensor, Tensor | None]:
+    """y [T, O], and x·A [T, R], which backward needs and which is small."""
+    y_TO = functional.linear(x_TD, layers.weight_OD, layers.bias_O)
+    if joined is None:
+        return y_TO, None
+    if counters is None or not layers.drops:
+        xa_TR = x_TD @ joined.a_RD.T
+    else:
+        parts = zip(joined.a_RD.split(joined.ranks), layers.adapters, strict=True)
+        xa_TR = torch.cat([_drop(x_TD, adapter, counters) @ a.T for a, adapter in parts], dim=1)
+    return y_TO.addmm_(xa_TR, joined.b_OR.T), xa_TR
+
+
+def backward_rows(
+    dy_TO: Tensor,
+    layers: Layers,
+    *,
+    joined: Joined | None,
+    counters: Counters | None,
+    wanted: bool = True,
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx [T, D] (None unless `wanted`), and dxa [T, R] for `backward_factors`."""
+    dx_TD = dy_TO @ layers.weight_OD if wanted else None
+    if joined is None:
+        return dx_TD, None
+    dxa_TR = dy_TO @ joined.b_OR
+    if dx_TD is not None and (counters is None or not layers.drops):
+        dx_TD.addmm_(dxa_TR, joined.a_RD)
+    elif dx_TD is not None and counters is not None:
+        halves = zip(dxa_TR.split(joined.ranks, dim=1), joined.a_RD.split(joined.ranks),
+                     layers.adapters, strict=True)  # fmt: skip
+        for dxa_Tr, a_rD, adapter in halves:
+            dx_TD += _drop(dxa_Tr @ a_rD, adapter, counters)
+    return dx_TD, dxa_TR
+
+
+def backward_factors(
+    dy_TO: Tensor,
+    x_TD: Tensor,
+    layers: Layers,
+    *,
+    products: tuple[Tensor | None, Tensor | None],
+    joined: Joined | None,
+    counters: Counters | None,
+) -> list[Tensor | None]:
+    """The gradients of A and B of each layer in turn, in the dtype of the product.
+
+    Args:
+        products: xa from `forward`, dxa from `backward_rows`.
+    """
+    xa_TR, dxa_TR = products
+    if joined is None or xa_TR is None or dxa_TR is None:
+        return [None, None] * len(layers.widths)
+    db_OR = dy_TO.T @ xa_TR
+    if counters is None or not layers.drops:
+        da_RD = dxa_TR.T @ x_TD
+    else:
+        parts = zip(dxa_TR.split(joined.ranks, dim=1), layers.adapters, strict=True)
+        da_RD = torch.cat([part.T @ _drop(x_TD, adapter, counters) for part, adapter in parts])
+    grads: list[Tensor | None] = []
+    row = column = 0
+    for width, rank, adapter in zip(layers.widths, joined.ranks, layers.adapters, strict=True):
+        if adapter is None:
+            grads += [None, None]
+        else:
+            db_Or = db_OR[row : row + width, column : column + rank] * adapter.scale
+            grads += [da_RD[column : column + rank], db_Or]
+        row, column = row + width, column + rank
+    return grads
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, counted: tuple[Tensor, Tensor], share: float) -> Tensor:
+        ctx.how = counted, share
+        return dropped(x_TD, counted, share=share)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        counted, share = ctx.how
+        return dropped(grads[0].contiguous(), counted, share=share), None, None
+
+
+def drop(x_TD: Tensor, adapter: Adapter, counters: Counters) -> Tensor:
+    """The inputs that an adapter sees, with a graph: for layers that run their own forward."""
+    made = _Dropped.apply(x_TD.contiguous(), counters.of(adapter), adapter.share)
+    assert isinstance(made, Tensor)
+    return made
+
+
+def _drop(x_TD: Tensor, adapter: Adapter | None, counters: Counters) -> Tensor:
+    if adapter is None or not adapter.share:
+        return x_TD
+    return dropped(x_TD, counters.of(adapter), share=adapter.share)

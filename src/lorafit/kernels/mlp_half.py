@@ -1,0 +1,105 @@
+"""The MLP half of a layer as one autograd node: x + down(silu(gate(norm(x))) * up(norm(x))).
+
+Kept for backward: x, gate and up (and x·A, which is small). Made again: the norm, and the product
+of silu(gate) and up. With `keeps=False` gate and up are made again too. Derivation, with
+n = norm(x), h = silu(g) u, s = sigmoid(g):
+
+    dh = dy Wd       dg = dh u s (1 + g (1 - s))       du = dh silu(g)
+    dn = dg Wg + du Wu (+ LoRA's parts, kernels/lora.py)       dx = dy + norm'(dn)
+
+Shapes: `T` tokens, `D` hidden, `F` feed-forward, `R` ranks.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lorafit.kernels import elementwise, lora
+from lorafit.kernels.lora import Counters, Layers
+
+
+@dataclass(frozen=True)
+class MlpHalf:
+    """The frozen part; gate and up lie side by side."""
+
+    norm_D: Tensor
+    eps: float
+    gate_up: Layers
+    down: Layers
+
+
+def mlp_half(
+    x_TD: Tensor,
+    half: MlpHalf,
+    *,
+    counters: Counters | None,
+    dtype: torch.dtype,
+    factors: tuple[Tensor | None, ...],
+    keeps: bool = True,
+) -> Tensor:
+    """[T, D] in x's dtype.
+
+    Args:
+        counters: Of LoRA's dropout; None where nothing is dropped.
+        dtype: Of the matrix products.
+        factors: A and B of gate, up and down in turn; None where there is no adapter.
+        keeps: Whether gate and up are kept for backward.
+    """
+    made = _Node.apply(x_TD, half, counters, dtype, keeps, *factors)
+    assert isinstance(made, Tensor)
+    return made
+
+
+class _Node(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TD: Tensor,
+        half: MlpHalf,
+        counters: Counters | None,
+        dtype: torch.dtype,
+        keeps: bool,
+        *factors: Tensor | None,
+    ) -> Tensor:
+        joined = lora.join(half.gate_up, factors[:4]), lora.join(half.down, factors[4:])
+        n_TD, _ = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype)
+        both_T2F, xa_TR = lora.forward(n_TD, half.gate_up, joined=joined[0], counters=counters)
+        h_TF = elementwise.swiglu(both_T2F)
+        y_TD, xa_down_TR = lora.forward(h_TF, half.down, joined=joined[1], counters=counters)
+        ctx.how = half, counters, dtype, joined
+        ctx.save_for_backward(x_TD, xa_down_TR, *((both_T2F, xa_TR) if keeps else (None, None)))
+        return y_TD.add_(x_TD) if y_TD.dtype == x_TD.dtype else x_TD + y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        half, counters, dtype, (joined, joined_down) = ctx.how
+        x_TD, xa_down_TR, both_T2F, xa_TR = ctx.saved_tensors
+        (residual_TD,) = dys
+        dy_TD = residual_TD.to(dtype)
+        n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype)
+        if both_T2F is None:
+            both_T2F, xa_TR = lora.forward(n_TD, half.gate_up, joined=joined, counters=counters)
+        dh_TF, dxa_TR = lora.backward_rows(dy_TD, half.down, joined=joined_down, counters=counters)
+        assert dh_TF is not None
+        h_TF = elementwise.swiglu_backward_(both_T2F, dh_TF)  # from here on its gradients
+        grads_down = lora.backward_factors(
+            dy_TD, h_TF, half.down,
+            products=(xa_down_TR, dxa_TR), joined=joined_down, counters=counters,
+        )  # fmt: skip
+        dn_TD, dxa_TR = lora.backward_rows(
+            both_T2F, half.gate_up, joined=joined, counters=counters, wanted=ctx.needs_input_grad[0]
+        )
+        grads = lora.backward_factors(
+            both_T2F, n_TD, half.gate_up,
+            products=(xa_TR, dxa_TR), joined=joined, counters=counters,
+        )  # fmt: skip
+        dx_TD = None
+        if dn_TD is not None:
+            dx_TD = elementwise.rms_norm_backward(
+                dn_TD, x_TD, half.norm_D, rstd_T=rstd_T, residual_TD=residual_TD.contiguous()
+            )
+        return (dx_TD, None, None, None, None, *grads, *grads_down)

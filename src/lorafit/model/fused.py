@@ -1,0 +1,258 @@
+"""Decoders shaped like Llama, run by our kernels: which models can be, the swap, the proof.
+
+A model is chosen by its structure (Llama, SmolLM2, Mistral, Qwen2, Qwen3 and what is built like
+them) and proven before it is used: `prove` in model/documents.py holds its logits against the
+module's own forward. The modules stay the truth: weights, names and files are theirs, and PEFT's A
+and B are read anew each time. Knows no loss and no data.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lorafit.kernels.attention import Documents, Look
+from lorafit.kernels.attention_half import Around, AttentionHalf, attention_half
+from lorafit.kernels.lora import Adapter, Counters, Layers
+from lorafit.kernels.mlp_half import MlpHalf, mlp_half
+from lorafit.model.base import decoder_of, is_hooked
+from lorafit.model.lora import LoraLinear, lora_linear, salt_of
+
+RECOMPUTE = ("none", "mlp", "half", "layer")
+"""What backward makes again: nothing but norms and products of elements; gate and up; q, k and v
+besides; the whole layer but its input."""
+
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_PROJECTIONS = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embedding that do not change with the longest position of a batch."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's frozen halves, and where its adapters' matrices are."""
+
+    attention: AttentionHalf
+    mlp: MlpHalf
+    projections: tuple[LoraLinear, ...]
+
+    def factors(self) -> list[Tensor | None]:
+        """A and B of q, k, v, o, gate, up and down as they are now."""
+        return [factor for projection in self.projections for factor in projection.factors]
+
+
+class Decoder:
+    """A decoder whose layers our kernels run.
+
+    Args:
+        model: The causal language model, adapter and all.
+        dtype: Of the matrix products.
+        recompute: One of `RECOMPUTE`.
+
+    Raises:
+        Unfit: its structure is not one that is known; the message is for people.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype, *, recompute: str = "none") -> None:
+        self.decoder: Any = decoder_of(model)
+        self.dtype, self.recompute = dtype, recompute
+        _check(model, self.decoder)
+        self._sources = [w for layer in self.decoder.layers for w in _frozen(layer)]
+        self._seen: list[int] = []
+        self._layers: list[_Layer] = []
+        self._refresh()
+
+    def __call__(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        *,
+        documents: Documents,
+        rows_N: Tensor,
+        counters: Counters | None,
+    ) -> Tensor:
+        """The normed hidden states of some tokens, [N, D] in the residual stream's dtype.
+
+        Args:
+            rows_N: Which tokens.
+            counters: Of LoRA's dropout, where it is wanted.
+        """
+        self._refresh()
+        x_TD = self.decoder.embed_tokens(ids_T[None])[0]
+        # asked for float32, as the angles of a bfloat16 model are rounded nowhere else
+        exact = x_TD.new_empty(0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        cosine, sine = self.decoder.rotary_emb(exact, positions_T[None])
+        rotary = cosine[0].contiguous(), sine[0].contiguous()
+        around = Around(documents, rotary, counters, self.dtype)
+        for layer in self._layers:
+            factors = layer.factors()
+            if self.recompute == "layer" and torch.is_grad_enabled():
+                run = partial(self._run, layer, around)
+                x_TD = checkpoint(
+                    run, x_TD, *factors, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_TD = self._run(layer, around, x_TD, *factors)
+        return self.decoder.norm(x_TD[rows_N])
+
+    def _run(self, layer: _Layer, around: Around, *given: Any) -> Tensor:
+        x_TD, factors = given[0], given[1:]
+        x_TD = attention_half(
+            x_TD, layer.attention, around=around, factors=factors[:8],
+            keeps=self.recompute != "half",
+        )  # fmt: skip
+        return mlp_half(
+            x_TD, layer.mlp, counters=around.counters, dtype=around.dtype, factors=factors[8:],
+            keeps=self.recompute not in ("mlp", "half"),
+        )  # fmt: skip
+
+    def _refresh(self) -> None:
+        """Take up weights that somebody has changed or replaced since they were looked at."""
+        seen = [version for weight in self._sources for version in (id(weight), weight._version)]
+        if seen != self._seen:
+            self._layers = [
+                _taken(layer, number, dtype=self.dtype)
+                for number, layer in enumerate(self.decoder.layers)
+            ]
+            self._sources = [w for layer in self.decoder.layers for w in _frozen(layer)]
+            self._seen = [v for weight in self._sources for v in (id(weight), weight._version)]
+
+
+class Unfit(Exception):
+    """A model that these kernels cannot run; the message says why."""
+
+
+def _check(model: nn.Module, decoder: Any) -> None:
+    """Raises Unfit unless every part of `decoder` is one that the kernels know."""
+    if {name for name, _ in decoder.named_children()} != {
+        "embed_tokens", "layers", "norm", "rotary_emb",
+    }:  # fmt: skip
+        raise Unfit(f"{type(decoder).__name__} is not built like Llama")
+    if getattr(decoder.rotary_emb, "rope_type", "default") not in _FIXED_ROTARY:
+        raise Unfit(f"its rotary embedding is {decoder.rotary_emb.rope_type}")
+    if any(is_hooked(module) for module in model.modules()):
+        raise Unfit("a module has hooks")
+    for layer in decoder.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        if {name for name, _ in layer.named_children()} != _LAYER:
+            raise Unfit(f"{type(layer).__name__} is not built like Llama's")
+        names = {name for name, _ in attention.named_children()} - {"q_norm", "k_norm"}
+        if names != {"q_proj", "k_proj", "v_proj", "o_proj"}:
+            raise Unfit(f"{type(attention).__name__} is not built like Llama's")
+        if {name for name, _ in mlp.named_children()} != {
+            "gate_proj", "up_proj", "down_proj", "act_fn",
+        } or "SiLU" not in type(mlp.act_fn).__name__:  # fmt: skip
+            raise Unfit(f"{type(mlp).__name__} is not SwiGLU")
+        for norm in _norms(layer):
+            if not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad:
+                raise Unfit(f"{type(norm).__name__} is not a frozen RMSNorm as Llama's")
+        for module in _modules(layer):
+            if lora_linear(module) is None:
+                raise Unfit(f"a {type(module).__name__} is not plain LoRA over a frozen layer")
+    if any(p.requires_grad for part in ("embed_tokens", "norm")
+           for p in decoder.get_submodule(part).parameters()):  # fmt: skip
+        raise Unfit("embedding or final norm are trained")
+
+
+def _modules(layer: Any) -> Iterator[nn.Module]:
+    return (layer.get_submodule(name) for name in _PROJECTIONS)
+
+
+def _norms(layer: Any) -> Iterator[nn.Module]:
+    yield from (layer.input_layernorm, layer.post_attention_layernorm)
+    yield from (n for name, n in layer.self_attn.named_children() if name in ("q_norm", "k_norm"))
+
+
+def _frozen(layer: Any) -> Iterator[Tensor]:
+    """Every frozen tensor that `_taken` reads."""
+    for module in _modules(layer):
+        projection = lora_linear(module)
+        assert projection is not None
+        yield projection.linear.weight
+        if projection.linear.bias is not None:
+            yield projection.linear.bias
+    yield from (norm.weight for norm in _norms(layer))  # type: ignore[misc]
+
+
+def _taken(layer: Any, number: int, *, dtype: torch.dtype) -> _Layer:
+    attention = layer.self_attn
+    made = [lora_linear(module) for module in _modules(layer)]
+    parts = tuple(part for part in made if part is not None)
+    salts = [salt_of(f"layers.{number}.{name}") for name in _PROJECTIONS]
+    width = attention.head_dim
+    norms = [norm.weight.detach() for norm in _norms(layer)]  # type: ignore[operator]
+    side = partial(_side_by_side, dtype=dtype)
+    window = getattr(attention, "sliding_window", None)
+    if not hasattr(attention, "sliding_window"):
+        window = getattr(attention.config, "sliding_window", None)
+    return _Layer(
+        AttentionHalf(
+            norm_D=norms[0],
+            eps=layer.input_layernorm.variance_epsilon,
+            qkv=side(parts[:3], salts[:3]),
+            out=side(parts[3:4], salts[3:4]),
+            heads=parts[0].linear.out_features // width,
+            groups=parts[1].linear.out_features // width,
+            look=Look(attention.scaling, window or 0),
+            head_norms=(norms[2], norms[3]) if len(norms) > 2 else None,
+        ),
+        MlpHalf(
+            norm_D=norms[1],
+            eps=layer.post_attention_layernorm.variance_epsilon,
+            gate_up=side(parts[4:6], salts[4:6]),
+            down=side(parts[6:], salts[6:]),
+        ),
+        parts,
+    )
+
+
+def _side_by_side(
+    parts: Sequence[LoraLinear], salts: Sequence[int], *, dtype: torch.dtype
+) -> Layers:
+    """The layers as one. In the dtype of the product the modules' weights become views of the joint
+    one, so that nothing is held twice; in another they are left alone and a copy is held."""
+    linears = [part.linear for part in parts]
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
+    joint = (
+        torch.cat([b.detach().to(dtype) for b in biases]) if len(biases) == len(linears) else None
+    )
+    if biases and joint is None:
+        raise Unfit("some of the layers that read the same rows have a bias, others none")
+    adapters = (
+        None if part.down is None else Adapter(part.scale, part.share, salt)
+        for part, salt in zip(parts, salts, strict=True)
+    )
+    return Layers(
+        _joint(weights, dtype=dtype),
+        torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None,
+        tuple(linear.out_features for linear in linears),
+        tuple(adapters),
+    )
+
+
+def _joint(weights: Sequence[Tensor], *, dtype: torch.dtype) -> Tensor:
+    rows = [weight.detach() for weight in weights]
+    begin, width = rows[0], rows[0].shape[1]
+    if begin.dtype == dtype and len(rows) == 1:
+        return begin
+    ends = [row.data_ptr() + row.nbytes for row in rows]
+    adjacent = all(end == row.data_ptr() for end, row in zip(ends, rows[1:], strict=False))
+    if begin.dtype == dtype and adjacent and len({_home(row) for row in rows}) == 1:
+        return begin.as_strided((sum(map(len, rows)), width), (width, 1))  # joined before
+    joint_OD = torch.cat([row.to(dtype) for row in rows])
+    if begin.dtype == dtype:
+        for weight, part in zip(weights, joint_OD.split([len(row) for row in rows]), strict=True):
+            weight.data = part
+    return joint_OD
+
+
+def _home(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,137 @@
+"""LoRA layers as kernels take them, and their dropout by counters.
+
+Reads what peft has put into a model without importing it (`adapters.py` is its door): which layers
+are plain LoRA over a frozen linear layer, and with what scale and dropout. Knows no files.
+"""
+
+import zlib
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lorafit.kernels.lora import Adapter, Counters, drop
+from lorafit.model.base import decoder_of, unwrap
+
+
+@dataclass(frozen=True)
+class LoraLinear:
+    """A linear layer of torch's and the LoRA on it, as kernels take both.
+
+    Attributes:
+        linear: The frozen layer.
+        down, up: The modules that hold A and B; None where there is no adapter.
+        scale: alpha / r, or what stands for it.
+        share: Probability of dropout.
+    """
+
+    linear: nn.Linear
+    down: nn.Linear | None = None
+    up: nn.Linear | None = None
+    scale: float = 0.0
+    share: float = 0.0
+
+    @property
+    def factors(self) -> tuple[Tensor | None, Tensor | None]:
+        """A and B as they are now."""
+        return (None, None) if self.down is None or self.up is None else (
+            self.down.weight, self.up.weight
+        )  # fmt: skip
+
+
+def lora_linear(module: nn.Module) -> LoraLinear | None:
+    """What of `module` kernels can run themselves: a frozen linear layer, bare or beneath one plain
+    LoRA (no DoRA or other variant, no bias of its own, not merged). None for all else."""
+    if type(module) is nn.Linear:
+        return LoraLinear(module) if _is_frozen(module) else None
+    kind = type(module)
+    if kind.__name__ != "Linear" or not kind.__module__.startswith("peft.tuners.lora."):
+        return None
+    layer: Any = module
+    beneath, active = layer.base_layer, layer.active_adapters
+    if type(beneath) is not nn.Linear or not _is_frozen(beneath) or layer.merged:
+        return None
+    active = [name for name in active if name in layer.lora_A]
+    if layer.disable_adapters or not active:
+        return LoraLinear(beneath)
+    name = active[0]
+    odd = layer.lora_variant.get(name) or layer.lora_bias.get(name) or layer.fan_in_fan_out
+    drop = layer.lora_dropout[name]
+    if len(active) > 1 or odd or not isinstance(drop, nn.Dropout | nn.Identity):
+        return None
+    share = drop.p if isinstance(drop, nn.Dropout) else 0.0
+    return LoraLinear(beneath, layer.lora_A[name], layer.lora_B[name], layer.scaling[name], share)
+
+
+class CountedDropout(nn.Dropout):
+    """LoRA's dropout whose mask is made from counters, while somebody has set them."""
+
+    def __init__(self, share: float, salt: int, drawn: "Drawn") -> None:
+        super().__init__(share)
+        self.adapter, self.drawn = Adapter(1.0, share, salt), drawn
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`input` [..., D], its leading axes flattened being the counters' tokens."""
+        if not self.training or self.drawn.counters is None:
+            return super().forward(input)
+        rows = drop(input.reshape(-1, input.shape[-1]), self.adapter, self.drawn.counters)
+        return rows.view(input.shape)
+
+
+@dataclass
+class Drawn:
+    """The counters of the micro-batch that is run; None: torch's random numbers."""
+
+    counters: Counters | None = None
+
+
+@contextmanager
+def counting_dropout(model: nn.Module, drawn: Drawn) -> Generator[None]:
+    """Inside, LoRA's dropouts make their masks from `drawn`."""
+    decoder = decoder_of(model)
+    swapped: list[tuple[nn.ModuleDict, str, nn.Module]] = []
+    for name, module in decoder.named_modules() if decoder is not None else ():
+        drops = getattr(module, "lora_dropout", None)
+        for key, module in [*drops.items()] if isinstance(drops, nn.ModuleDict) else ():
+            if type(module) is nn.Dropout:
+                assert isinstance(drops, nn.ModuleDict)
+                swapped.append((drops, key, module))
+                counted = CountedDropout(module.p, salt_of(name), drawn)
+                drops[key] = counted.train(module.training)
+    try:
+        yield
+    finally:
+        for drops, key, module in swapped:
+            drops[key] = module.train(drops[key].training)
+
+
+def salt_of(name: str) -> int:
+    """What names a module of the decoder in the counters of its dropout."""
+    return zlib.crc32(name.encode())
+
+
+def drops(model: nn.Module) -> bool:
+    """Whether a LoRA drops inputs."""
+    return any(drop.p > 0 for drop in _lora_dropouts(model))
+
+
+def base_drops(model: nn.Module) -> bool:
+    """Whether the base itself drops anything in training: a module, or attention by its config."""
+    own = {id(drop) for drop in _lora_dropouts(model)}
+    modules = (m for m in model.modules() if isinstance(m, nn.Dropout) and id(m) not in own)
+    config = getattr(unwrap(model), "config", None)
+    attention = getattr(config, "attention_dropout", None) or 0
+    return attention > 0 or any(module.p > 0 for module in modules)
+
+
+def _lora_dropouts(model: nn.Module) -> Iterator[nn.Dropout]:
+    for module in model.modules():
+        found = getattr(module, "lora_dropout", None)
+        if isinstance(found, nn.ModuleDict):
+            yield from (drop for drop in found.values() if isinstance(drop, nn.Dropout))
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    return not any(parameter.requires_grad for parameter in module.parameters())

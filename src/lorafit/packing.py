@@ -1,0 +1,134 @@
+"""How a run's examples are laid out: end to end where the law can hold, as given where it cannot.
+
+Owns the reasons. A run is packed if its loss is plain causal cross entropy, its collator is one
+that is known to make each row by itself, nobody has replaced a part of the step, and the model is
+proven to keep documents apart (model/documents.py). Decides once, before a run; knows no loop.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lorafit import compat
+from lorafit.arguments import TrainingArguments
+from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
+from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
+from lorafit.engine.precision import Precision
+from lorafit.model import lora
+from lorafit.model.documents import Leaks, Runner, runner
+from lorafit.model.lora import Drawn
+
+OURS = (PadCollator, DataCollatorForLanguageModeling)
+TOKENS = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch where nobody says: a layer's rows lie within a CPU's last cache; a GPU
+has room for more, as nothing of size tokens x vocabulary or tokens x tokens is kept."""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How examples are laid out.
+
+    Attributes:
+        runner: Runs them end to end; None where they are run as given.
+        budget: Tokens of a micro-batch.
+        seed: Of LoRA's dropout by counters; None where torch draws it.
+        drawn: The counters of the micro-batch that is run.
+        notices: Lines for a person: why not, or what runs the layers.
+    """
+
+    runner: Runner | None = None
+    budget: int = 0
+    seed: int | None = None
+    drawn: Drawn = field(default_factory=Drawn)
+    notices: tuple[str, ...] = ()
+
+    @property
+    def layout(self) -> str:
+        """Its name."""
+        return "packed" if self.runner else "as_given"
+
+    def lay_out(self, batches: Sequence[Any], step: int, *, shifted: bool) -> list[MicroBatch]:
+        """The micro-batches of step number `step`."""
+        draw = None if self.seed is None else (self.seed, step)
+        if self.runner is None:
+            return as_given(batches, shifted=shifted, draw=draw)
+        return packed(batches, budget=self.budget, draw=draw)
+
+
+def choose(
+    model: nn.Module,
+    *,
+    arguments: TrainingArguments,
+    precision: Precision,
+    collator: Any,
+    first: Callable[[], Any],
+    plain: bool,
+    replaced: Collection[str],
+) -> Packing:
+    """The layout that `arguments` ask for, if it can be had.
+
+    Args:
+        collator: The user's.
+        first: Gives a batch of one row of the training set; None for a stream.
+        plain: Whether the loss is plain causal cross entropy.
+        replaced: The methods of the step that the user has replaced.
+    """
+    why = _of_data(collator, first, replaced)
+    seed = arguments.seed if not why and lora.drops(model) else None
+    if arguments.layout == "as_given":
+        return Packing(seed=seed)
+    why = why or _of_model(model, arguments, plain=plain)
+    if why:
+        return Packing(seed=seed, notices=(_as_given(why),))
+    drawn, kind = Drawn(), precision.device.type
+    try:
+        found = runner(
+            model,
+            autocast=precision.autocast,
+            dtype=precision.dtype,
+            drawn=drawn,
+            recompute=_recompute(arguments),
+            smoothing=arguments.label_smoothing_factor,
+        )
+    except Leaks as leak:
+        return Packing(seed=seed, notices=(_as_given(str(leak)),))
+    budget = arguments.token_budget or TOKENS.get(kind, TOKENS["cpu"])
+    return Packing(found, budget, seed, drawn, (found.said,))
+
+
+def _as_given(why: str) -> str:
+    return f"micro-batches are run as given: {why}"
+
+
+def _recompute(arguments: TrainingArguments) -> str:
+    asked = arguments.recompute
+    automatic = "layer" if arguments.gradient_checkpointing else "none"
+    return automatic if asked == "auto" else asked
+
+
+def _of_data(collator: Any, first: Callable[[], Any], replaced: Collection[str]) -> str:
+    """Why rows cannot be laid end to end; empty if they can."""
+    if replaced:
+        return f"{', '.join(sorted(replaced))} is yours"
+    if type(collator) not in OURS and not compat.makes_rows_alone(collator):
+        name = compat.name_of(collator)
+        return f"what {name} makes of a row may depend on the rows beside it"
+    try:
+        batch = first()
+    except Exception as error:  # whatever it is, it is said where the row is read to be trained on
+        return f"the first row cannot be read ({type(error).__name__})"
+    return "" if batch is None or is_plain(batch) else "rows hold more than ids, mask and labels"
+
+
+def _of_model(model: nn.Module, arguments: TrainingArguments, *, plain: bool) -> str:
+    """Why the law cannot hold for this model and these arguments; empty if it may."""
+    reasons = {
+        "the model's loss is not plain causal cross entropy": not plain,
+        "the base drops activations by itself": lora.base_drops(model),
+        "NEFTune draws its noise by batch": bool(arguments.neftune_noise_alpha),
+        "torch_compile compiles the model's own forward": arguments.torch_compile,
+        "Metal has no attention over documents": arguments.device.type == "mps",
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
