@@ -27,6 +27,8 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "litgpt": (TORCH, "litgpt==0.5.13", "lightning==2.6.6"),
     "mlx": ("mlx==0.32.4", "mlx-cpu==0.32.4", "mlx-lm==0.32.2"),
 }  # fmt: skip
+# Its wheel is built against torch with CUDA and does not load beside the CPU one; text needs none.
+UNWANTED = {"unsloth": "torchvision"}
 
 
 class CannotInstallError(Exception):
@@ -75,8 +77,11 @@ def environment(peer: str) -> Environment:
     constraints = folder / "constraints.txt"
     constraints.write_text(TORCH + "\n")
     pip = [str(python), "-m", "pip", "install", "--quiet", "--constraint", str(constraints)]
-    for batch in (packages[:1], packages):
-        _run([*pip, *batch])
+    index = os.environ.get("TORCH_INDEX")  # as the Makefile has it: torch's own CPU wheels
+    _run([*pip, *(["--index-url", index] if index else []), TORCH])
+    _run([*pip, *packages])
+    if peer in UNWANTED:
+        _run([str(python), "-m", "pip", "uninstall", "--quiet", "--yes", UNWANTED[peer]])
     stamp.write_text("\n".join(packages) + "\n")
     return Environment(peer, python)
 
