@@ -132,6 +132,10 @@ class Report:
         """The loss of a step, where it is known later than the step's end."""
         self._say("loss", step=step, loss=value)
 
+    def scored(self, example: int, nats: float, targets: int) -> None:
+        """The reference's word on one example: summed nats over so many supervised tokens."""
+        self._say("scored", example=example, nats=nats, targets=targets)
+
     def done(self, order: list[list[int]]) -> None:
         """The run ended. `order`: the examples of each micro-batch, by number in the file."""
         parts = self._job.accumulation
