@@ -28,7 +28,7 @@ class Reading:
 
     Attributes:
         trained, supervised: Tokens per second over the steps after the warm-up.
-        peak: Bytes. above_weights: less the weights' file. working: less, too, what the process
+        peak: Bytes. above_weights: less the base's weights. working: less, too, what the process
             held when its libraries were imported (0 where the peer did not say).
         first_step: Seconds from the process's start to the end of its first step.
         warm_up: Seconds that the first step took beyond what its tokens take later.
@@ -47,8 +47,13 @@ class Reading:
     losses: dict[int, float]
 
 
-def read(run: Run, examples: Examples, *, warm_up: int = 1) -> Reading | None:
-    """The numbers of a run, or None if it ended before a step could be timed."""
+def read(run: Run, examples: Examples, *, weights: int, warm_up: int = 1) -> Reading | None:
+    """The numbers of a run, or None if it ended before a step could be timed.
+
+    Args:
+        weights: Bytes of the base.
+        warm_up: Steps at the start that are not timed.
+    """
     ends = [event["at"] for event in run.of("step")]
     if len(ends) <= warm_up:
         return None
@@ -60,12 +65,10 @@ def read(run: Run, examples: Examples, *, warm_up: int = 1) -> Reading | None:
     begins = run.of("loaded")[0]["at"]
     gpu = run.job.device == "cuda"
     peak = max(event.get("device_peak", 0) if gpu else event["peak"] for event in run.events)
-    weights = Path(run.job.model, "model.safetensors")
-    above = peak - (weights.stat().st_size if weights.exists() else 0)
     held = 0 if gpu else run.of("imported")[0]["now"]
     return Reading(
-        trained=rate, supervised=sum(targets[warm_up:]) / taken, peak=peak, above_weights=above,
-        working=above - held, first_step=ends[0] - run.began,
+        trained=rate, supervised=sum(targets[warm_up:]) / taken, peak=peak,
+        above_weights=peak - weights, working=peak - weights - held, first_step=ends[0] - run.began,
         warm_up=ends[0] - begins - tokens[0] / rate, loss=run.losses.get(1),
         examples=order[0], losses=run.losses,
     )  # fmt: skip
@@ -86,7 +89,7 @@ class Row:
     contender: Contender
     readings: list[Reading] = field(default_factory=list)
     error: str = ""
-    floor: float = 0.0
+    floor: float = 0.0  # tokens per second that shares are read against
     reference: float | None = None
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -158,7 +161,7 @@ def machine() -> dict[str, Any]:
         f"model {told.get('model')}",
         "instructions": [flag for flag in wanted if flag in flags],
         "threads": threads(),
-        "load": os.getloadavg()[0],
+        "load before": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
     }
 

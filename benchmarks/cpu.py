@@ -31,8 +31,7 @@ import shapes
 from comparison import Row, machine, read, table, write
 from environments import CannotInstallError, Environment
 from examples import Examples, NoDataError
-
-from peers.protocol import Job
+from reference import compare_losses
 
 HERE = Path(__file__).parent
 PEERS = ("lorafit", *environments.PACKAGES)
@@ -47,11 +46,12 @@ def options() -> argparse.Namespace:
     parser.add_argument("--data", default="gsm8k,d1,d3", help=f"of {','.join(examples.SETS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=6, help="of each run; the first is not timed")
+    parser.add_argument("--per-step", type=int, default=16, help="examples")
     parser.add_argument("--shape", default="smollm2-135m", choices=shapes.SHAPES)
     parser.add_argument("--dtypes", default="", help="bf16,fp32; those this CPU has natively")
     parser.add_argument(
         "--match", choices=("mixed", "examples", "tokens"), default="mixed",
-        help=f"steps of 16 examples, of about {STEP_TOKENS:,} tokens, or those for {IN_TOKENS}",
+        help=f"steps of --per-step examples, of about {STEP_TOKENS:,} tokens, or those for {IN_TOKENS}",
     )  # fmt: skip
     parser.add_argument("--supervised", action="store_true", help="loss on answers only")
     parser.add_argument("--knobs", type=json.loads, default={}, help="JSON for lorafit's arguments")
@@ -96,19 +96,6 @@ def floor(shape: str, dtype: str, share: float) -> float:
     return max(json.loads(done.stdout)["tokens_per_second"].values())
 
 
-def references(row: Row, model: Path, data: Examples, kept: Path) -> dict[int, tuple[float, int]]:
-    """Nats and supervised tokens of each example of the row's first step, in float32."""
-    numbers = sorted(set(row.readings[0].examples))
-    job = Job(
-        model=str(model), data=str(data.path), examples=len(data.lengths),
-        dtype=row.contender.dtype, knobs={"numbers": numbers},
-    )  # fmt: skip
-    run = measure.run("run_reference.py", environments.here("reference"), job, kept=kept)
-    if run.error:
-        raise SystemExit(f"the float32 reference failed: {run.error}")
-    return {event["example"]: (event["nats"], event["targets"]) for event in run.of("scored")}
-
-
 class Benchmark:
     """One benchmark: what was asked for, where things lie, and the rows so far."""
 
@@ -136,8 +123,8 @@ class Benchmark:
             try:
                 data, each = examples.for_steps(
                     name, environments.cache(), vocabulary=self.shape.vocabulary,
-                    steps=self.given.steps, step_tokens=STEP_TOKENS if in_tokens else None,
-                    supervised=self.given.supervised,
+                    steps=self.given.steps, per_step=None if in_tokens else self.given.per_step,
+                    step_tokens=STEP_TOKENS, supervised=self.given.supervised,
                 )  # fmt: skip
             except NoDataError as error:
                 self.told[name] = f"not measured: {error}"
@@ -147,6 +134,7 @@ class Benchmark:
                 f"{data.share:.0%} supervised"
             )
             self._rounds(data, each)
+        self._write()
 
     def _rounds(self, data: Examples, each: int) -> None:
         asked = contenders.on_cpu(
@@ -167,8 +155,8 @@ class Benchmark:
                 print(f"{data.name} round {number + 1}: {row.contender.name}: {shown}", flush=True)
             for row in rows:
                 row.floor = median(self.floors[data.name, row.contender.dtype])
-            self._compare_losses(rows, data)
-            write(self.given.out, self.told, self.rows, list(self._tables()))
+            compare_losses(rows, data, self._model, device="cpu", kept=self.kept)
+            self._write()
 
     def _measure(self, row: Row, data: Examples, each: int) -> None:
         home = self.homes[row.contender.peer]
@@ -183,23 +171,14 @@ class Benchmark:
         row.error = run.error
         if run.of("imported"):
             row.versions = run.of("imported")[0]["versions"]
-        if reading := read(run, data):
+        if reading := read(run, data, weights=self.shape.weight_bytes(row.contender.dtype)):
             row.readings.append(reading)
-
-    def _compare_losses(self, rows: list[Row], data: Examples) -> None:
-        known: dict[tuple[str, int], tuple[float, int]] = {}
-        for row in rows:
-            if row.reference is not None or not row.readings:
-                continue
-            dtype, wanted = row.contender.dtype, row.readings[0].examples
-            if any((dtype, number) not in known for number in wanted):
-                scores = references(row, self._model(dtype), data, self.kept)
-                known |= {(dtype, number): score for number, score in scores.items()}
-            nats, targets = zip(*(known[dtype, number] for number in wanted), strict=True)
-            row.reference = sum(nats) / sum(targets)
 
     def _model(self, dtype: str) -> Path:
         return shapes.folder(self.shape, environments.cache(), dtype=dtype, weights=True)
+
+    def _write(self) -> None:
+        write(self.given.out, self.told, self.rows, list(self._tables()))
 
     def _tables(self) -> Iterator[str]:
         for name in dict.fromkeys(row.data for row in self.rows):

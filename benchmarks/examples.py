@@ -56,10 +56,11 @@ def for_steps(
     *,
     vocabulary: int,
     steps: int,
-    step_tokens: int | None,
+    per_step: int | None = 16,
+    step_tokens: int = 4096,
     supervised: bool = False,
 ) -> tuple[Examples, int]:
-    """The examples of a run, and how many make a step: 16, or about `step_tokens` tokens.
+    """The examples of a run, and how many make a step: `per_step`, or about `step_tokens` tokens.
 
     The number is 1, 2 or a multiple of 4, so that micro-batches of 2 and of 4 make the same step.
 
@@ -67,7 +68,7 @@ def for_steps(
         NoDataError: as `make`.
     """
     first = make(name, root, vocabulary=vocabulary, count=500, supervised=supervised)
-    each = 16 if step_tokens is None else max(1, round(step_tokens / first.mean_length))
+    each = per_step or max(1, round(step_tokens / first.mean_length))
     each = each - each % 4 if each > 3 else min(each, 2)
     count = each * steps
     return make(name, root, vocabulary=vocabulary, count=count, supervised=supervised), each

@@ -23,7 +23,6 @@ from shapes import RANK, SHAPES, Shape
 from torch import Tensor
 
 NUMBERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TOKENS = (512, 1024, 2048)
 
 
 @dataclass
@@ -105,16 +104,17 @@ def seconds(work: Callable[[], object], *, device: str, repeats: int) -> float:
 
 
 def tokens_per_second(
-    shape: Shape, *, device: str, dtype: str, supervised: float = 1.0, repeats: int = 3
+    shape: Shape, counts: list[int], *, device: str, dtype: str, supervised: float, repeats: int
 ) -> dict[int, float]:
     """The floor by tokens per micro-batch.
 
     Args:
+        counts: Tokens of a micro-batch to try.
         supervised: Share of the tokens that carry loss.
     """
     found: dict[int, float] = {}
     where = {"device": device, "dtype": NUMBERS[dtype]}
-    for tokens in TOKENS:
+    for tokens in counts:
         products = layers(shape, tokens, **where)
 
         def body(products: list[Products] = products) -> None:
@@ -147,11 +147,13 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m")
     parser.add_argument("--dtype", choices=NUMBERS, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", default="512,1024,2048", help="of a micro-batch, each tried")
     parser.add_argument("--supervised", type=float, default=1.0, help="share of the tokens")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     rates = tokens_per_second(
-        SHAPES[given.shape], device=given.device, dtype=given.dtype,
+        SHAPES[given.shape], [int(count) for count in given.tokens.split(",")],
+        device=given.device, dtype=given.dtype,
         supervised=given.supervised, repeats=given.repeats,
     )  # fmt: skip
     width = 8192 if given.device == "cuda" else 1024

@@ -52,6 +52,12 @@ class Shape:
         head = 4 * self.vocabulary * self.hidden * supervised
         return 4 * block - 2 * unneeded + 6 * adapter + attention + head
 
+    def weight_bytes(self, dtype: str) -> int:
+        """Of the base alone: projections, embeddings, head; norms are too small to count."""
+        tables = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        block = sum(rows * columns for rows, columns in self.matrices().values())
+        return (self.layers * block + tables) * {"bf16": 2, "fp32": 4}[dtype]
+
     def configuration(self) -> dict[str, object]:
         """The fields that transformers' configuration takes."""
         rope: dict[str, object] = {"rope_type": "default", "rope_theta": self.rope_theta}

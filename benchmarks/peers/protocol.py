@@ -29,7 +29,7 @@ class Job:
         examples: How many of them are trained on.
         dtype: "bf16" or "fp32": of the base, and of matrix products.
         batch, accumulation: Examples of a micro-batch, micro-batches of a step.
-        order: "sequential" or "group_by_length".
+        order: "sequential", "group_by_length" or "random" (not told in the report).
         collate: "pad", "flatten" or "pack": padded, laid end to end, packed beforehand.
         compile: Let the peer compile, where it has its own way.
         synced: Steps after which the clock waits for the device.
@@ -86,10 +86,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A map-style set of any number of examples that holds none of them."""
+    """A map-style set of any number of examples, each of 64 tokens, that holds none of them."""
 
     count: int
     vocabulary: int
+    length: int = 64
 
     def __len__(self) -> int:
         return self.count
@@ -97,8 +98,7 @@ class Drawn:
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         if not 0 <= index < self.count:
             raise IndexError(index)
-        chance = random.Random(index)
-        ids = chance.choices(range(2, self.vocabulary), k=chance.randint(32, 96))
+        ids = random.Random(index).choices(range(2, self.vocabulary), k=self.length)
         return {"input_ids": ids, "labels": list(ids)}
 
     def __iter__(self) -> Iterator[dict[str, list[int]]]:

@@ -23,7 +23,7 @@ def main() -> None:
     """Train, and report."""
     job = Job.read()
     report = Report(job)
-    job.refuse(collate=("pad",), order=("sequential",), compile=(False,))
+    job.refuse(collate=("pad",), order=("sequential", "random"), compile=(False,))
     report.imported("lorafit", "transformers", "peft", "torch")
     model = base.adapted(job)
     trainer = Trainer(
@@ -36,7 +36,7 @@ def main() -> None:
     trainer.train()
     if job.adapter:
         trainer.save_model(job.adapter)
-    report.done(job.sequential())
+    report.done(job.sequential() if job.order == "sequential" else [])
 
 
 if __name__ == "__main__":
