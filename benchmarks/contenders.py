@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from examples import Examples
-
 from peers.protocol import Job
 
 PACKED_ROW = 1024

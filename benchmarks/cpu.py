@@ -51,7 +51,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--dtypes", default="", help="bf16,fp32; those this CPU has natively")
     parser.add_argument(
         "--match", choices=("mixed", "examples", "tokens"), default="mixed",
-        help=f"steps of --per-step examples, of about {STEP_TOKENS:,} tokens, or those for {IN_TOKENS}",
+        help=f"steps of --per-step examples, or {STEP_TOKENS:,} tokens; mixed: these for d2 to d4",
     )  # fmt: skip
     parser.add_argument("--supervised", action="store_true", help="loss on answers only")
     parser.add_argument("--knobs", type=json.loads, default={}, help="JSON for lorafit's arguments")
@@ -165,9 +165,7 @@ class Benchmark:
             return
         model = self._model(row.contender.dtype)
         job = row.contender.job(model, data, each=each, steps=self.given.steps, device="cpu")
-        run = measure.run(
-            row.contender.script, home, job, kept=self.kept, limit_s=self.given.limit
-        )
+        run = measure.run(row.contender.script, home, job, kept=self.kept, limit_s=self.given.limit)
         row.error = run.error
         if run.of("imported"):
             row.versions = run.of("imported")[0]["versions"]

@@ -14,9 +14,8 @@ import examples
 import measure
 import shapes
 from contenders import Contender
-from shapes import Shape
-
 from peers.protocol import Job
+from shapes import Shape
 
 STEPS, EACH = 4, 16
 TRAINER = Contender("transformers", "4 a batch", batch=4)

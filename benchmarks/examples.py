@@ -118,7 +118,9 @@ def _gsm8k(count: int, vocabulary: int) -> list[tuple[list[int], int]]:
     tokenizer = Tokenizer.from_file(f"{shared}/tokenizers/qwen2.5/tokenizer.json")
 
     def ids(text: str) -> list[int]:
-        return [FIRST_ID + number % (vocabulary - FIRST_ID) for number in tokenizer.encode(text).ids]
+        return [
+            FIRST_ID + number % (vocabulary - FIRST_ID) for number in tokenizer.encode(text).ids
+        ]
 
     rows: list[tuple[list[int], int]] = []
     with Path(shared, "data/gsm8k/train.jsonl").open() as file:

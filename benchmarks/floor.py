@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
-from shapes import RANK, SHAPES, Shape
 from torch import Tensor
+
+from shapes import RANK, SHAPES, Shape
 
 NUMBERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,7 +47,7 @@ class Products:
         y_TO = self._mm("y", self.x_TI, self.weight_OI.T)
         torch.addmm(y_TO, xa_TR, self.b_OR.T, out=y_TO)
         dyb_TR = self._mm("dyb", self.dy_TO, self.b_OR)
-        self._mm("db", self.dy_TO.T, xa_TR)
+        self._mm("db", xa_TR.T, self.dy_TO)  # its transpose: the faster of the two on CPUs
         self._mm("da", dyb_TR.T, self.x_TI)
         if self.needs_dx:
             dx_TI = self._mm("dx", self.dy_TO, self.weight_OI)
@@ -69,7 +70,8 @@ def layers(shape: Shape, tokens: int, *, device: str, dtype: torch.dtype) -> lis
     results: dict[tuple[int, int], dict[str, Tensor]] = {size: {} for size in sizes}
     return [
         Products(
-            drawn(rows, columns), drawn(RANK, columns), drawn(rows, RANK), wide[columns], wide[rows],
+            drawn(rows, columns), drawn(RANK, columns), drawn(rows, RANK),
+            wide[columns], wide[rows],
             needs_dx=layer > 0 or number > 2, buffers=results[rows, columns],
         )
         for layer in range(shape.layers)

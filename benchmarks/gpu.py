@@ -94,7 +94,7 @@ class Benchmark:
         self.tables: list[str] = []
         self.told: dict[str, Any] = machine() | {
             "device": _device(given.device),
-            "run": f"{given.rounds} rounds of {given.steps} steps, medians; {given.warm_up} untimed",
+            "run": f"{given.rounds} rounds of {given.steps} steps, {given.warm_up} untimed",
             "labels": "answers" if given.supervised else "all tokens",
         }
         for name in ABSENT:
@@ -110,7 +110,9 @@ class Benchmark:
             tiny = self.given.smoke or self.given.device == "cpu"
             shape = shapes.SHAPES["tiny" if tiny else "smollm2-135m"]
             self.tables.append(
-                equality.report(shape, device=self.given.device, knobs=self.given.knobs, kept=self.kept)
+                equality.report(
+                    shape, device=self.given.device, knobs=self.given.knobs, kept=self.kept
+                )
             )
             print(self.tables[0], flush=True)
             self._write()

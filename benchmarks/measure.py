@@ -1,4 +1,4 @@
-"""Runs one peer once, in a fresh process, and reads what it reports. Owns processes, not numbers."""
+"""Runs a peer once, in a fresh process, and reads what it reports. Owns processes, no numbers."""
 
 import json
 import os
@@ -7,12 +7,12 @@ import subprocess
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from environments import Environment
-
 from peers.protocol import MARK, Job
 
 PEERS = Path(__file__).parent / "peers"
@@ -59,7 +59,7 @@ def run(
         process = subprocess.Popen(
             [str(environment.python), str(PEERS / script), json.dumps(told)],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True,
-            cwd=scratch, env=_surroundings(kept / environment.peer), start_new_session=True,
+            cwd=scratch, env=_surroundings(job, kept / environment.peer), start_new_session=True,
         )  # fmt: skip
         clock = threading.Timer(limit_s, _end, (process,))
         clock.start()
@@ -80,24 +80,26 @@ def run(
     return made
 
 
-def _surroundings(compiled: Path) -> dict[str, str]:
-    """The same for all: no hub, no trackers, the same threads."""
-    return os.environ | {
+def _surroundings(job: Job, compiled: Path) -> dict[str, str]:
+    """The same for all: no hub, no trackers, the same threads, no GPU where the CPU is measured."""
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if job.device == "cpu" else {}
+    return os.environ | hidden | {
         "OMP_NUM_THREADS": str(threads()), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "WANDB_DISABLED": "true", "PYTHONHASHSEED": "0",
-        "TORCHINDUCTOR_CACHE_DIR": str(compiled), "UNSLOTH_DISABLE_STATISTICS": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(compiled), "UNSLOTH_DISABLE_STATISTICS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
     }  # fmt: skip
 
 
 def _end(process: subprocess.Popen[str]) -> None:
     """The process and what it started, compilers included."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 def _last_words(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line.split(":")[0] or line.startswith("this peer")]
-    return (errors or lines or [""])[-1][:300]
+    named = [
+        line for line in lines if line.startswith("this peer") or "Error" in line.split(":")[0]
+    ]
+    return (named or lines or [""])[-1][:300]

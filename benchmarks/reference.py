@@ -1,4 +1,4 @@
-"""First losses against float32: which examples a row's first step held, and what they truly cost."""
+"""First losses against float32: what the examples of a row's first step truly cost."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +7,6 @@ import environments
 import measure
 from comparison import Row
 from examples import Examples
-
 from peers.protocol import Job
 
 

@@ -1,4 +1,4 @@
-"""Does a token cost the same however many examples there are, and however many micro-batches a step?
+"""Does a token cost the same whatever the number of examples, and of micro-batches in a step?
 
     python benchmarks/scaling.py
 
@@ -19,7 +19,6 @@ import environments
 import measure
 import shapes
 from comparison import machine
-
 from peers.protocol import Drawn, Job
 
 COUNTS = (1_000, 10_000, 100_000, 1_000_000)

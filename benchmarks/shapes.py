@@ -29,12 +29,13 @@ class Shape:
 
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Outputs and inputs of each projection of a layer, by its name."""
-        d, f, q, k = self.hidden, self.feed_forward, self.heads * self.head, self.kv_heads * self.head
+        d, f = self.hidden, self.feed_forward
+        q, k = self.heads * self.head, self.kv_heads * self.head
         sizes = ((q, d), (k, d), (k, d), (d, q), (f, d), (f, d), (d, f))
         return dict(zip(MODULES, sizes, strict=True))
 
     def flops_per_token(self, *, mean_context: float, supervised: float) -> float:
-        """Useful floating point operations of a token, forward and backward, adapter on all linears.
+        """Useful floating point operations of a token, forward and backward.
 
         Args:
             mean_context: sum(length^2) / sum(length) of the examples: what causal attention sees.
@@ -110,7 +111,8 @@ def folder(shape: Shape, root: Path, *, dtype: str, weights: bool) -> Path:
     config.dtype = number
     if weights:
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(number).save_pretrained(made)
+        exact = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        exact.to(number).save_pretrained(made)
     else:
         config.save_pretrained(made)
     words = Tokenizer(models.WordLevel({"<pad>": 0, "<end>": 1, "<unk>": 2}, unk_token="<unk>"))

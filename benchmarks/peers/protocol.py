@@ -150,7 +150,7 @@ class Report:
 
 
 class Ticks:
-    """A Trainer's callback but for its base class: reports each step's end, and losses as logged."""
+    """A Trainer's callback but for its base class: reports steps, and losses as logged."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -163,7 +163,7 @@ class Ticks:
         """The optimiser has stepped."""
         self._report.step()
 
-    def on_log(self, _: object, state: Any, __: object, logs: dict[str, Any], **___: object) -> None:
+    def on_log(self, _: object, state: Any, __: object, logs: dict[str, Any], **_more: Any) -> None:
         """The mean since the last log; exact for a step where each is logged."""
         if "loss" in logs:
             self._report.loss(state.global_step, float(logs["loss"]))

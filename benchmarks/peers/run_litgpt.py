@@ -13,9 +13,10 @@ import torch
 from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
 from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama
 from litgpt.utils import chunked_cross_entropy
-from protocol import LEARNING_RATE, Job, Report
 from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
+
+from protocol import LEARNING_RATE, Job, Report
 
 PRECISIONS = {"bf16": "bf16-true", "fp32": "32-true"}
 

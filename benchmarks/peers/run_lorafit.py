@@ -5,14 +5,13 @@ order is the file's. `knobs` reach its TrainingArguments: layout, recompute and 
 """
 
 import base
-from protocol import Job, Report, Ticks
-
 from lorafit import (
     DataCollatorForLanguageModeling,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
+from protocol import Job, Report, Ticks
 
 
 class Stopwatch(Ticks, TrainerCallback):

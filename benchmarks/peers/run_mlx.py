@@ -12,6 +12,7 @@ import mlx.optimizers
 from mlx_lm.tuner.trainer import TrainingArgs, TrainingCallback, train
 from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import load_model
+
 from protocol import LEARNING_RATE, Job, Report
 
 KEYS = {

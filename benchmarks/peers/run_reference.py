@@ -4,10 +4,11 @@ The weights are those that the peers load, so a bf16 base is compared with itsel
 exactly; `knobs["numbers"]` are the examples asked for. No training.
 """
 
-import base
 import torch
-from protocol import Job, Report
 from torch.nn.functional import cross_entropy
+
+import base
+from protocol import Job, Report
 
 
 @torch.no_grad()

@@ -4,8 +4,6 @@
 to end, kept apart by their positions. bf16 means a bf16 base and autocast, as the flag `bf16=True`.
 """
 
-import base
-from protocol import Job, Report, Seen, Ticks
 from transformers import (
     DataCollatorForSeq2Seq,
     DataCollatorWithFlattening,
@@ -13,6 +11,9 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+
+import base
+from protocol import Job, Report, Seen, Ticks
 
 
 class Stopwatch(Ticks, TrainerCallback):

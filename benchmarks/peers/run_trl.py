@@ -4,11 +4,12 @@
 row a micro-batch. Packing runs before the clock starts and is kept by `datasets`.
 """
 
-import base
 from datasets import Dataset
-from protocol import Job, Report, Seen, Ticks
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
+
+import base
+from protocol import Job, Report, Seen, Ticks
 
 
 class Stopwatch(Ticks, TrainerCallback):
