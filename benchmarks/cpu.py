@@ -1,6 +1,6 @@
 """lorafit and its peers on this CPU, side by side.
 
-    make bench                                       everything; about two hours on two cores
+    make bench                                       all peers on gsm8k, d1 and d3; hours
     python benchmarks/cpu.py --smoke                 a tiny model, one round: does it all run?
     python benchmarks/cpu.py --peers lorafit,transformers --data gsm8k,d1 --rounds 5
 

@@ -57,5 +57,5 @@ def arguments(job: Job) -> dict[str, Any]:
         "optim": "adamw_torch", "bf16": job.dtype == "bf16", "use_cpu": job.device == "cpu",
         "train_sampling_strategy": job.order, "logging_steps": job.log_every,
         "logging_first_step": True, "save_strategy": "no", "report_to": "none",
-        "seed": 0, "disable_tqdm": True, "dataloader_pin_memory": False, **job.knobs,
+        "seed": 0, "disable_tqdm": True, "dataloader_pin_memory": job.device == "cuda", **job.knobs,
     }  # fmt: skip
