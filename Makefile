@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 CODE := src tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test check fix same
+.PHONY: help demo test check fix same bench
 help:  ## list the verbs
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 12
 
@@ -41,3 +41,7 @@ fix: .venv/.dev  ## format, and mend what the linter can mend
 
 same: .venv/.dev  ## show that the numbers have not moved: a golden loss curve
 	$(BIN)/pytest -q tests/test_same.py
+
+# Peers' environments are made outside the repository: gigabytes, once. BENCH='--rounds 5 --data d1'
+bench: .venv/.dev  ## measure against the peers on this CPU; BENCH='--smoke' tries it all in minutes
+	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python benchmarks/cpu.py $(BENCH)
