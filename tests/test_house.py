@@ -22,11 +22,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lorafit"
 
-FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 9_000, 14_000
+# docs/decisions/0005-the-fast-engine.md
+FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 11_500, 17_500
 ROOM_CODE = {  # "" is the files at the top, together
-    "": 3_200,
+    "": 3_400,
     "data": 2_300,
-    "model": 900,
+    "model": 1_300,
     "kernels": 1_200,
     "engine": 1_500,
     "run": 1_500,
@@ -301,12 +302,21 @@ def test_the_path_of_a_step_is_short() -> None:
 # Signatures and docstrings
 
 
+def is_autograd(item: Named) -> bool:
+    """A method of an autograd.Function, which torch calls by position."""
+    around = item.around[-1] if item.around else None
+    bases = around.bases if isinstance(around, ast.ClassDef) else []
+    return any(ast.unparse(base) == "torch.autograd.Function" for base in bases)
+
+
 def test_functions_take_few_parameters() -> None:
     over = []
     for item in functions():
         positional, every = parameters(item)
-        shaped = item.source.name in TRANSFORMERS_SHAPED and (
-            item.public or item.node.name == "__init__"
+        shaped = (
+            is_autograd(item)
+            or (item.source.name in TRANSFORMERS_SHAPED
+            and (item.public or item.node.name == "__init__"))
         )
         if not shaped and (len(every) > PARAMETERS or len(positional) > POSITIONAL):
             over.append(f"{item.place}: {len(every)}, {len(positional)} by position")

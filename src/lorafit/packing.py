@@ -75,7 +75,7 @@ def choose(
         plain: Whether the loss is plain causal cross entropy.
         replaced: The methods of the step that the user has replaced.
     """
-    why = _of_data(collator, first, replaced)
+    why = _of_data(collator, first=first, replaced=replaced)
     seed = arguments.seed if not why and lora.drops(model) else None
     if arguments.layout == "as_given":
         return Packing(seed=seed)
@@ -108,7 +108,7 @@ def _recompute(arguments: TrainingArguments) -> str:
     return automatic if asked == "auto" else asked
 
 
-def _of_data(collator: Any, first: Callable[[], Any], replaced: Collection[str]) -> str:
+def _of_data(collator: Any, *, first: Callable[[], Any], replaced: Collection[str]) -> str:
     """Why rows cannot be laid end to end; empty if they can."""
     if replaced:
         return f"{', '.join(sorted(replaced))} is yours"

@@ -94,16 +94,16 @@ def as_given(
         return made
     firsts = accumulate((batch.rows for batch in made), initial=0)
     return [
-        replace(batch, drawn=_drawn(batch, first, draw))
+        replace(batch, drawn=_drawn(batch, first, draw=draw))
         for batch, first in zip(made, firsts, strict=False)
     ]
 
 
-def _drawn(batch: MicroBatch, first: int, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _drawn(batch: MicroBatch, first: int, *, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Keys and positions of a padded batch whose first row is the step's `first` example."""
     ids_BT = batch.inputs["input_ids"]
     mask_BT = batch.inputs.get("attention_mask", torch.ones_like(ids_BT))
-    keys = torch.tensor([example_key(*draw, first + row) for row in range(batch.rows)])
+    keys = torch.tensor([example_key(draw, first + row) for row in range(batch.rows)])
     places_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
     return keys[:, None].expand_as(ids_BT).flatten(), places_BT.flatten()
 
@@ -161,7 +161,7 @@ def packed(
     for members in bins:
         places = [kept[member] for member in members]
         batch = _end_to_end([documents[place] for place in places])
-        keys = torch.tensor([example_key(*draw, place) for place in places] if draw else [])
+        keys = torch.tensor([example_key(draw, place) for place in places] if draw else [])
         drawn = _by_token(keys, batch) if draw else None
         made.append(replace(batch, drawn=drawn))
     others = [d.tokens for place, d in enumerate(documents) if place not in kept]
@@ -170,9 +170,10 @@ def packed(
     return [whole, *rest]
 
 
-def example_key(seed: int, step: int, place: int) -> int:
+def example_key(draw: tuple[int, int], place: int) -> int:
     """32 bits that name an example of a step wherever it lies, for its random numbers; `place` is
     its place in the step's order."""
+    seed, step = draw
     named = f"{seed} {step} {place}".encode()
     return int.from_bytes(hashlib.blake2b(named, digest_size=4).digest())
 

@@ -68,13 +68,15 @@ class Look:
     window: int = 0
 
 
-def reference(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, *, documents: Documents, look: Look
-) -> Tensor:
+Heads = tuple[Tensor, Tensor, Tensor]
+"""q [T, H, E], k and v [T, G, E]."""
+
+
+def reference(qkv: Heads, *, documents: Documents, look: Look) -> Tensor:
     """The same in plain lines and float64: [T, H, E]."""
     outputs = []
     for span in documents.spans():
-        q, k, v = (x[span].double().transpose(0, 1) for x in (q_THE, k_TGE, v_TGE))
+        q, k, v = (x[span].double().transpose(0, 1) for x in qkv)
         k, v = (x.repeat_interleave(len(q) // len(k), dim=0) for x in (k, v))
         scores = q @ k.transpose(1, 2) * look.scale
         at = torch.arange(q.shape[1])
@@ -84,20 +86,19 @@ def reference(
     return torch.cat(outputs)
 
 
-def forward(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, *, documents: Documents, look: Look
-) -> tuple[Tensor, Tensor]:
+def forward(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Tensor]:
     """Attention's output [T, H, E], contiguous, and what `backward` needs of it besides: the log
     sums, H floats a token (float32; float64 for float64)."""
+    q_THE, k_TGE, v_TGE = qkv
     if q_THE.is_cuda:
-        return _flash(q_THE, k_TGE, v_TGE, documents=documents, look=look)
+        return _flash(qkv, documents=documents, look=look)
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype)
     lse = torch.empty(q_THE.shape[:2].numel(), dtype=accumulating(q_THE.dtype))
     flash = _prefers_flash(q_THE, look)
     for span in documents.spans():
         part = _forward_flash if flash else _forward_document
         kept = lse[span.start * q_THE.shape[1] : span.stop * q_THE.shape[1]]
-        part((q_THE[span], k_TGE[span], v_TGE[span]), out_THE[span], kept, look=look)
+        part((q_THE[span], k_TGE[span], v_TGE[span]), (out_THE[span], kept), look=look)
     return out_THE, lse
 
 
@@ -153,9 +154,8 @@ def _blocks(length: int) -> Iterator[tuple[slice, int]]:
         yield slice(start, end), end
 
 
-def _forward_document(
-    qkv: tuple[Tensor, Tensor, Tensor], out_LHE: Tensor, lse: Tensor, *, look: Look
-) -> None:
+def _forward_document(qkv: Heads, into: tuple[Tensor, Tensor], *, look: Look) -> None:
+    out_LHE, lse = into
     q_LHE, k_LGE, v_LGE = qkv
     heads, groups = q_LHE.shape[1], k_LGE.shape[1]
     k_GLE, v_GLE = k_LGE.transpose(0, 1).contiguous(), v_LGE.transpose(0, 1).contiguous()
@@ -181,7 +181,7 @@ def _backward_document(given: tuple[Tensor, ...], grads: tuple[Tensor, ...], *, 
         scores_GRL = torch.bmm(q_GRE, k_GLE[:, :keys].transpose(1, 2))
         grads_GRL = torch.bmm(dout_GRE, v_GLE[:, :keys].transpose(1, 2))
         kept = lse[block.start * heads : block.stop * heads]
-        _softmax_backward_(scores_GRL, grads_GRL, kept, first=block.start, look=look)
+        _softmax_backward_(scores_GRL, grads_GRL, lse=kept, first=block.start, look=look)
         dv_GLE[:, :keys] += torch.bmm(scores_GRL.transpose(1, 2), dout_GRE)
         dk_GLE[:, :keys] += torch.bmm(grads_GRL.transpose(1, 2), q_GRE)
         _ungrouped(torch.bmm(grads_GRL, k_GLE[:, :keys]), dq_LHE[block])
@@ -205,7 +205,7 @@ def _softmax_(scores_GRL: Tensor, lse: Tensor, *, first: int, look: Look) -> Non
 
 
 def _softmax_backward_(
-    scores_GRL: Tensor, grads_GRL: Tensor, lse: Tensor, *, first: int, look: Look
+    scores_GRL: Tensor, grads_GRL: Tensor, *, lse: Tensor, first: int, look: Look
 ) -> None:
     """Scores -> probabilities, and their gradients -> the scores' gradients; both in place."""
     groups, rows, keys = scores_GRL.shape
@@ -251,9 +251,8 @@ def _batched(x_LHE: Tensor) -> Tensor:
     return x_LHE.transpose(0, 1)[None]
 
 
-def _forward_flash(
-    qkv: tuple[Tensor, Tensor, Tensor], out_LHE: Tensor, lse: Tensor, *, look: Look
-) -> None:
+def _forward_flash(qkv: Heads, into: tuple[Tensor, Tensor], *, look: Look) -> None:
+    out_LHE, lse = into
     q, k, v = map(_batched, qkv)
     out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, True, scale=look.scale
@@ -275,13 +274,11 @@ def _backward_flash(given: tuple[Tensor, ...], grads: tuple[Tensor, ...], *, loo
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 
-def _flash(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, *, documents: Documents, look: Look
-) -> tuple[Tensor, Tensor]:
+def _flash(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Tensor]:
     # The operators beneath torch.nn.attention.varlen, whose own signature differs between 2.11
     # and 2.13; these take fewer key heads than query heads as they are.
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q_THE, k_TGE, v_TGE,
+        *qkv,
         documents.starts, documents.starts, documents.longest, documents.longest,
         0.0, True, return_debug_mask=False,
         scale=look.scale, window_size_left=look.window - 1, window_size_right=0,
@@ -315,7 +312,7 @@ class _Attend(torch.autograd.Function):
         documents: Documents,
         look: Look,
     ) -> Tensor:
-        out_THE, lse = forward(q_THE, k_TGE, v_TGE, documents=documents, look=look)
+        out_THE, lse = forward((q_THE, k_TGE, v_TGE), documents=documents, look=look)
         ctx.save_for_backward(q_THE, k_TGE, v_TGE, out_THE, lse)
         ctx.how = documents, look
         return out_THE
@@ -330,10 +327,8 @@ class _Attend(torch.autograd.Function):
         return (*grads, None, None)
 
 
-def attend(
-    q_THE: Tensor, k_TGE: Tensor, v_TGE: Tensor, *, documents: Documents, look: Look
-) -> Tensor:
+def attend(qkv: Heads, *, documents: Documents, look: Look) -> Tensor:
     """`forward`'s output with a graph."""
-    made = _Attend.apply(q_THE, k_TGE, v_TGE, documents, look)
+    made = _Attend.apply(*qkv, documents, look)
     assert isinstance(made, Tensor)
     return made

@@ -92,8 +92,8 @@ class _Node(torch.autograd.Function):
         joined = lora.join(half.qkv, factors[:6]), lora.join(half.out, factors[6:])
         n_TD, _ = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=around.dtype)
         made = _project(n_TD, half, around=around, joined=joined[0])
-        q, k, v = _heads(made.qkv_TO, half, around=around)
-        out_THE, lse = attention.forward(q, k, v, documents=around.documents, look=half.look)
+        heads = _heads(made.qkv_TO, half, around=around)
+        out_THE, lse = attention.forward(heads, documents=around.documents, look=half.look)
         o_TD, xa_TR = lora.forward(
             out_THE.flatten(1), half.out, joined=joined[1], counters=around.counters
         )
@@ -111,7 +111,7 @@ class _Node(torch.autograd.Function):
         dy_TD = residual_TD.to(around.dtype)
         dout_TO, dxa_TR = lora.backward_rows(dy_TD, half.out, joined=joined_out, counters=counters)
         grads_out = lora.backward_factors(
-            dy_TD, out_THE.flatten(1), half.out,
+            dy_TD, out_THE.flatten(1), layers=half.out,
             products=(xa_out_TR, dxa_TR), joined=joined_out, counters=counters,
         )  # fmt: skip
         n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=around.dtype)
@@ -120,20 +120,24 @@ class _Node(torch.autograd.Function):
         assert dout_TO is not None
         kept = (*_heads(qkv_TO, half, around=around), out_THE, lse)
         dqkv_TO = _attention_back(
-            dout_TO.view_as(out_THE), kept, half, qkv_TO=qkv_TO, around=around
+            dout_TO.view_as(out_THE), kept, half=half, qkv_TO=qkv_TO, around=around
         )
         wanted = ctx.needs_input_grad[0]
         dn_TD, dxa_TR = lora.backward_rows(
             dqkv_TO, half.qkv, joined=joined, counters=counters, wanted=wanted
         )
         grads = lora.backward_factors(
-            dqkv_TO, n_TD, half.qkv,
+            dqkv_TO, n_TD, layers=half.qkv,
             products=(xa_TR, dxa_TR), joined=joined, counters=counters,
         )  # fmt: skip
         dx_TD = None
         if dn_TD is not None:
             dx_TD = elementwise.rms_norm_backward(
-                dn_TD, x_TD, half.norm_D, rstd_T=rstd_T, residual_TD=residual_TD.contiguous()
+                dn_TD,
+                x_TD,
+                weight_D=half.norm_D,
+                rstd_T=rstd_T,
+                residual_TD=residual_TD.contiguous(),
             )
         return (dx_TD, None, None, None, *grads, *grads_out)
 
@@ -176,8 +180,8 @@ def _heads(qkv_TO: Tensor, half: AttentionHalf, *, around: Around) -> tuple[Tens
 def _attention_back(
     dout_THE: Tensor,
     kept: tuple[Tensor, ...],
-    half: AttentionHalf,
     *,
+    half: AttentionHalf,
     qkv_TO: Tensor,
     around: Around,
 ) -> Tensor:
@@ -193,7 +197,7 @@ def _attention_back(
             rows = raw.reshape(-1, raw.shape[-1])
             _, rstd = elementwise.rms_norm(rows, weight_E, eps=half.eps, dtype=rows.dtype)
             back = elementwise.rms_norm_backward(
-                grad.reshape(rows.shape), rows, weight_E, rstd_T=rstd, residual_TD=None
+                grad.reshape(rows.shape), rows, weight_D=weight_E, rstd_T=rstd, residual_TD=None
             )
             grad.copy_(back.view(grad.shape))
     return dqkv_TO

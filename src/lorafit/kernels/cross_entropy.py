@@ -90,7 +90,7 @@ CHUNK = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Bytes of logits at a time: within a CPU's last cache, and enough rows for a GPU's products."""
 
 
-def linear_nats(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+def linear_nats(hidden_ND: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
     """Negative log-likelihood in nats of `hidden_ND @ head.T`, summed: a float32 scalar (float64
     for float64) whose backward is that of `hidden_ND` alone."""
     made = _LinearNats.apply(hidden_ND, targets_N, head)
@@ -98,9 +98,9 @@ def linear_nats(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
     return made
 
 
-def linear_nats_each(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+def linear_nats_each(hidden_ND: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
     """The same for each token, [N], without a graph: what evaluation sums."""
-    parts = [nats_N for nats_N, _ in _chunks(hidden_ND, head, targets_N)]
+    parts = [nats_N for nats_N, _ in _chunks(hidden_ND, targets_N, head=head)]
     return torch.cat(parts) if parts else hidden_ND.new_zeros(0, dtype=torch.float32)
 
 
@@ -111,7 +111,7 @@ class _LinearNats(torch.autograd.Function):
         total = torch.zeros((), dtype=accumulating(dtype), device=hidden_ND.device)
         dhidden_ND = torch.empty(hidden_ND.shape, dtype=dtype, device=hidden_ND.device)
         start = 0
-        for nats_N, dlogits_NV in _chunks(hidden_ND, head, targets_N):
+        for nats_N, dlogits_NV in _chunks(hidden_ND, targets_N, head=head):
             total += nats_N.sum()
             torch.mm(dlogits_NV, head.weight_VD, out=dhidden_ND[start : start + len(nats_N)])
             start += len(nats_N)
@@ -127,13 +127,16 @@ class _LinearNats(torch.autograd.Function):
         return (wide_ND * grads[0]).to(ctx.dtype), None, None
 
 
-def _chunks(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Nats of a few rows at a time, and the gradient of their logits."""
+def _chunks(hidden_ND: Tensor, targets_N: Tensor, *, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
+    """Nats of a few rows at a time, and the gradient of their logits, until the next are asked for:
+    all stand in one buffer, as fresh memory of this size costs as much as the product."""
     weight_VD = head.weight_VD
     room = CHUNK.get(hidden_ND.device.type, CHUNK["cpu"])
-    size = max(64, room // (len(weight_VD) * weight_VD.element_size()))
+    size = max(1, min(len(targets_N), max(64, room // (len(weight_VD) * weight_VD.element_size()))))
+    buffer_NV = weight_VD.new_empty(size, len(weight_VD))
     for rows_ND, rows_N in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
-        logits_NV = rows_ND.to(weight_VD.dtype) @ weight_VD.T
+        logits_NV = buffer_NV[: len(rows_N)]
+        torch.mm(rows_ND.to(weight_VD.dtype), weight_VD.T, out=logits_NV)
         yield _nats_(logits_NV, rows_N, head=head), logits_NV
 
 

@@ -32,7 +32,7 @@ def rms_norm(
 
 
 def rms_norm_backward(
-    dy_TD: Tensor, x_TD: Tensor, weight_D: Tensor, *, rstd_T: Tensor, residual_TD: Tensor | None
+    dy_TD: Tensor, x_TD: Tensor, *, weight_D: Tensor, rstd_T: Tensor, residual_TD: Tensor | None
 ) -> Tensor:
     """The gradient of `rms_norm` with respect to its rows, plus `residual_TD`: dx in x's dtype.
 

@@ -124,7 +124,9 @@ def forward(
         xa_TR = x_TD @ joined.a_RD.T
     else:
         parts = zip(joined.a_RD.split(joined.ranks), layers.adapters, strict=True)
-        xa_TR = torch.cat([_drop(x_TD, adapter, counters) @ a.T for a, adapter in parts], dim=1)
+        xa_TR = torch.cat(
+            [_drop(x_TD, adapter, counters=counters) @ a.T for a, adapter in parts], dim=1
+        )
     return y_TO.addmm_(xa_TR, joined.b_OR.T), xa_TR
 
 
@@ -147,15 +149,15 @@ def backward_rows(
         halves = zip(dxa_TR.split(joined.ranks, dim=1), joined.a_RD.split(joined.ranks),
                      layers.adapters, strict=True)  # fmt: skip
         for dxa_Tr, a_rD, adapter in halves:
-            dx_TD += _drop(dxa_Tr @ a_rD, adapter, counters)
+            dx_TD += _drop(dxa_Tr @ a_rD, adapter, counters=counters)
     return dx_TD, dxa_TR
 
 
 def backward_factors(
     dy_TO: Tensor,
     x_TD: Tensor,
-    layers: Layers,
     *,
+    layers: Layers,
     products: tuple[Tensor | None, Tensor | None],
     joined: Joined | None,
     counters: Counters | None,
@@ -173,7 +175,9 @@ def backward_factors(
         da_RD = dxa_TR.T @ x_TD
     else:
         parts = zip(dxa_TR.split(joined.ranks, dim=1), layers.adapters, strict=True)
-        da_RD = torch.cat([part.T @ _drop(x_TD, adapter, counters) for part, adapter in parts])
+        da_RD = torch.cat(
+            [part.T @ _drop(x_TD, adapter, counters=counters) for part, adapter in parts]
+        )
     grads: list[Tensor | None] = []
     row = column = 0
     for width, rank, adapter in zip(layers.widths, joined.ranks, layers.adapters, strict=True):
@@ -199,14 +203,14 @@ class _Dropped(torch.autograd.Function):
         return dropped(grads[0].contiguous(), counted, share=share), None, None
 
 
-def drop(x_TD: Tensor, adapter: Adapter, counters: Counters) -> Tensor:
+def drop(x_TD: Tensor, adapter: Adapter, *, counters: Counters) -> Tensor:
     """The inputs that an adapter sees, with a graph: for layers that run their own forward."""
     made = _Dropped.apply(x_TD.contiguous(), counters.of(adapter), adapter.share)
     assert isinstance(made, Tensor)
     return made
 
 
-def _drop(x_TD: Tensor, adapter: Adapter | None, counters: Counters) -> Tensor:
+def _drop(x_TD: Tensor, adapter: Adapter | None, *, counters: Counters) -> Tensor:
     if adapter is None or not adapter.share:
         return x_TD
     return dropped(x_TD, counters.of(adapter), share=adapter.share)

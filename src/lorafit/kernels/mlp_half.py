@@ -87,19 +87,23 @@ class _Node(torch.autograd.Function):
         assert dh_TF is not None
         h_TF = elementwise.swiglu_backward_(both_T2F, dh_TF)  # from here on its gradients
         grads_down = lora.backward_factors(
-            dy_TD, h_TF, half.down,
+            dy_TD, h_TF, layers=half.down,
             products=(xa_down_TR, dxa_TR), joined=joined_down, counters=counters,
         )  # fmt: skip
         dn_TD, dxa_TR = lora.backward_rows(
             both_T2F, half.gate_up, joined=joined, counters=counters, wanted=ctx.needs_input_grad[0]
         )
         grads = lora.backward_factors(
-            both_T2F, n_TD, half.gate_up,
+            both_T2F, n_TD, layers=half.gate_up,
             products=(xa_TR, dxa_TR), joined=joined, counters=counters,
         )  # fmt: skip
         dx_TD = None
         if dn_TD is not None:
             dx_TD = elementwise.rms_norm_backward(
-                dn_TD, x_TD, half.norm_D, rstd_T=rstd_T, residual_TD=residual_TD.contiguous()
+                dn_TD,
+                x_TD,
+                weight_D=half.norm_D,
+                rstd_T=rstd_T,
+                residual_TD=residual_TD.contiguous(),
             )
         return (dx_TD, None, None, None, None, *grads, *grads_down)

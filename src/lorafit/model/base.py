@@ -357,27 +357,20 @@ def attending_by_documents(base: Any, documents: Documents) -> Generator[None]:
     """Inside, `base`'s attention is `kernels.attention`'s over these documents; it is to be given
     one row of tokens without a mask. By transformers' attention interface."""
 
-    def attention(
-        module: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,  # noqa: ARG001 none is made for an interface it does not know
-        scaling: float | None = None,
-        **how: Any,
-    ) -> tuple[Tensor, None]:
+    def attention(module: Any, *given: Any, **how: Any) -> tuple[Tensor, None]:
+        query, key, value, _ = given  # no mask is made for an interface it does not know
         if (
             how.get("softcap")
             or how.get("s_aux") is not None
             or not getattr(module, "is_causal", 1)
         ):
             raise ValueError("attention with soft-capping, sinks or without causality")
-        look = Look(scaling or query.shape[-1] ** -0.5, how.get("sliding_window") or 0)
+        look = Look(how.get("scaling") or query.shape[-1] ** -0.5, how.get("sliding_window") or 0)
         kind = query.device.type
         cast = torch.is_autocast_enabled(kind)  # which would cast torch's own attention
         dtype = torch.get_autocast_dtype(kind) if cast else value.dtype
-        rows = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-        return attend(*rows, documents=documents, look=look)[None], None
+        q, k, v = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+        return attend((q, k, v), documents=documents, look=look)[None], None
 
     config = base.config.get_text_config()
     before = config._attn_implementation

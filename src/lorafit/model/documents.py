@@ -88,16 +88,16 @@ def runner(
     weight = base.get_output_embeddings().weight
     products = dtype or weight.dtype
     head = _Head(base, products, smoothing=smoothing, autocast=autocast)
-    own = _OwnForward(model, autocast, drawn)
+    own = _OwnForward(model, autocast=autocast, drawn=drawn)
     why = ""
     try:
         fused = Decoder(model, products, recompute=recompute)
-        error = prove(model, fused, head.logits, autocast=autocast)
+        error = prove(model, fused, logits=head.logits, autocast=autocast)
         said = f"layers run fused: largest error of a logit {error:.1e} of the largest"
         return Runner(fused, head.nats, head.each, fused=True, said=said)
     except (Unfit, Leaks) as unfit:
         why = str(unfit)
-    error = prove(model, own, head.logits, autocast=autocast)
+    error = prove(model, own, logits=head.logits, autocast=autocast)
     said = f"layers run by the model's own forward, as {why}; error {error:.1e}"
     return Runner(own, head.nats, head.each, fused=False, said=said)
 
@@ -105,7 +105,7 @@ def runner(
 class _OwnForward:
     """The model's own decoder, attention told where documents lie."""
 
-    def __init__(self, model: nn.Module, autocast: Autocast, drawn: Drawn) -> None:
+    def __init__(self, model: nn.Module, *, autocast: Autocast, drawn: Drawn) -> None:
         self.base, self.autocast, self.drawn = unwrap(model), autocast, drawn
 
     def __call__(
@@ -152,7 +152,7 @@ class _Head:
 
     def nats(self, states_ND: Tensor, targets_N: Tensor) -> Tensor:
         if self.plain:
-            return linear_nats(states_ND, self._frozen(smoothing=self.smoothing), targets_N)
+            return linear_nats(states_ND, targets_N, head=self._frozen(smoothing=self.smoothing))
         total = states_ND.new_zeros((), dtype=accumulating(states_ND.dtype))
         for rows in zip(states_ND.split(_ROWS), targets_N.split(_ROWS), strict=True):
             total = total + checkpoint(self._some, *rows, use_reentrant=False)
@@ -160,7 +160,7 @@ class _Head:
 
     def each(self, states_ND: Tensor, targets_N: Tensor) -> Tensor:
         if self.plain:
-            return linear_nats_each(states_ND, self._frozen(), targets_N)
+            return linear_nats_each(states_ND, targets_N, head=self._frozen())
         parts = [
             functional.cross_entropy(self.logits(rows), targets, reduction="none")
             for rows, targets in zip(states_ND.split(_ROWS), targets_N.split(_ROWS), strict=True)
@@ -191,8 +191,8 @@ _ROWS = 256
 def prove(
     model: nn.Module,
     states: States,
-    logits: Callable[[Tensor], Tensor],
     *,
+    logits: Callable[[Tensor], Tensor],
     autocast: Autocast,
 ) -> float:
     """The largest error of a logit, beside the largest logit, of two packed documents against each
@@ -210,9 +210,11 @@ def prove(
     )
     try:
         with undisturbed(model), _stirred(model, generator):
-            alone = torch.cat([_own_logits(model, ids, autocast) for ids in (first, second)])
-            packed = logits(_packed_states(states, first, second))
-            beside = logits(_packed_states(states, other, second))
+            alone = torch.cat(
+                [_own_logits(model, ids, autocast=autocast) for ids in (first, second)]
+            )
+            packed = logits(_packed_states(states, (first, second)))
+            beside = logits(_packed_states(states, (other, second)))
     except (Unfit, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         raise Leaks(f"its forward does not take packed documents ({error})") from error
     leak = (packed[len(first) :] - beside[len(first) :]).abs().max() / alone.abs().max()
@@ -228,9 +230,8 @@ _HALVES = (torch.bfloat16, torch.float16)
 _TOLERANCE, _TOLERANCE_16, _LEAK = 1e-5, 5e-2, 1e-6
 
 
-def _packed_states(states: States, first: Tensor, second: Tensor) -> Tensor:
-    ids = torch.cat([first, second])
-    lengths = (len(first), len(second))
+def _packed_states(states: States, pair: tuple[Tensor, Tensor]) -> Tensor:
+    ids, lengths = torch.cat(pair), tuple(map(len, pair))
     positions = torch.cat([torch.arange(length) for length in lengths]).to(ids.device)
     return states(
         ids, positions, documents=Documents.on(ids.device, lengths),
@@ -238,7 +239,7 @@ def _packed_states(states: States, first: Tensor, second: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def _own_logits(model: nn.Module, ids: Tensor, autocast: Autocast) -> Tensor:
+def _own_logits(model: nn.Module, ids: Tensor, *, autocast: Autocast) -> Tensor:
     with autocast():
         made = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
     logits = made["logits"][0]

@@ -26,7 +26,10 @@ RECOMPUTE = ("none", "mlp", "half", "layer")
 """What backward makes again: nothing but norms and products of elements; gate and up; q, k and v
 besides; the whole layer but its input."""
 
+_DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _PROJECTIONS = (
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -131,34 +134,35 @@ class Unfit(Exception):
 
 def _check(model: nn.Module, decoder: Any) -> None:
     """Raises Unfit unless every part of `decoder` is one that the kernels know."""
-    if {name for name, _ in decoder.named_children()} != {
-        "embed_tokens", "layers", "norm", "rotary_emb",
-    }:  # fmt: skip
+    if _children(decoder) != _DECODER:
         raise Unfit(f"{type(decoder).__name__} is not built like Llama")
     if getattr(decoder.rotary_emb, "rope_type", "default") not in _FIXED_ROTARY:
         raise Unfit(f"its rotary embedding is {decoder.rotary_emb.rope_type}")
     if any(is_hooked(module) for module in model.modules()):
         raise Unfit("a module has hooks")
+    for name in ("embed_tokens", "norm"):
+        if any(p.requires_grad for p in decoder.get_submodule(name).parameters()):
+            raise Unfit(f"{name} is trained")
     for layer in decoder.layers:
-        attention, mlp = layer.self_attn, layer.mlp
-        if {name for name, _ in layer.named_children()} != _LAYER:
-            raise Unfit(f"{type(layer).__name__} is not built like Llama's")
-        names = {name for name, _ in attention.named_children()} - {"q_norm", "k_norm"}
-        if names != {"q_proj", "k_proj", "v_proj", "o_proj"}:
-            raise Unfit(f"{type(attention).__name__} is not built like Llama's")
-        if {name for name, _ in mlp.named_children()} != {
-            "gate_proj", "up_proj", "down_proj", "act_fn",
-        } or "SiLU" not in type(mlp.act_fn).__name__:  # fmt: skip
-            raise Unfit(f"{type(mlp).__name__} is not SwiGLU")
-        for norm in _norms(layer):
-            if not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad:
-                raise Unfit(f"{type(norm).__name__} is not a frozen RMSNorm as Llama's")
-        for module in _modules(layer):
-            if lora_linear(module) is None:
-                raise Unfit(f"a {type(module).__name__} is not plain LoRA over a frozen layer")
-    if any(p.requires_grad for part in ("embed_tokens", "norm")
-           for p in decoder.get_submodule(part).parameters()):  # fmt: skip
-        raise Unfit("embedding or final norm are trained")
+        _check_layer(layer)
+
+
+def _check_layer(layer: Any) -> None:
+    attention = _children(layer.self_attn) - {"q_norm", "k_norm"}
+    if (_children(layer), attention, _children(layer.mlp)) != (_LAYER, _ATTENTION, _MLP):
+        raise Unfit(f"{type(layer).__name__} is not built like Llama's")
+    if "SiLU" not in type(layer.mlp.act_fn).__name__:
+        raise Unfit(f"{type(layer.mlp).__name__} is not SwiGLU")
+    for norm in _norms(layer):
+        if not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad:
+            raise Unfit(f"{type(norm).__name__} is not a frozen RMSNorm as Llama's")
+    for module in _modules(layer):
+        if lora_linear(module) is None:
+            raise Unfit(f"a {type(module).__name__} is not plain LoRA over a frozen layer")
+
+
+def _children(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_children()}
 
 
 def _modules(layer: Any) -> Iterator[nn.Module]:

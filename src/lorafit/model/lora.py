@@ -68,7 +68,7 @@ def lora_linear(module: nn.Module) -> LoraLinear | None:
 class CountedDropout(nn.Dropout):
     """LoRA's dropout whose mask is made from counters, while somebody has set them."""
 
-    def __init__(self, share: float, salt: int, drawn: "Drawn") -> None:
+    def __init__(self, share: float, *, salt: int, drawn: "Drawn") -> None:
         super().__init__(share)
         self.adapter, self.drawn = Adapter(1.0, share, salt), drawn
 
@@ -76,7 +76,7 @@ class CountedDropout(nn.Dropout):
         """`input` [..., D], its leading axes flattened being the counters' tokens."""
         if not self.training or self.drawn.counters is None:
             return super().forward(input)
-        rows = drop(input.reshape(-1, input.shape[-1]), self.adapter, self.drawn.counters)
+        rows = drop(input.reshape(-1, input.shape[-1]), self.adapter, counters=self.drawn.counters)
         return rows.view(input.shape)
 
 
@@ -98,7 +98,7 @@ def counting_dropout(model: nn.Module, drawn: Drawn) -> Generator[None]:
             if type(module) is nn.Dropout:
                 assert isinstance(drops, nn.ModuleDict)
                 swapped.append((drops, key, module))
-                counted = CountedDropout(module.p, salt_of(name), drawn)
+                counted = CountedDropout(module.p, salt=salt_of(name), drawn=drawn)
                 drops[key] = counted.train(module.training)
     try:
         yield

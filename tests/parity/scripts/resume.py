@@ -89,7 +89,7 @@ longer = trainer_in("straight", num_train_epochs=4)
 longer.train(resume_from_checkpoint=True)
 outcome["longer"] = [log_of(longer), longer.state.max_steps]
 
-for limit, strategy in ((1, "steps"), (2, "steps"), (2, "epoch")):
+for limit, strategy in ((2, "steps"), (2, "epoch")):
     folder = f"limit{limit}{strategy}"
     limited = trainer_in(
         folder, save_total_limit=limit, save_strategy=strategy, eval_strategy=strategy,

@@ -1,0 +1,107 @@
+"""Attention over documents: against the reference, with every way of computing it."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorafit.kernels import attention, native
+from lorafit.kernels.attention import Documents, Look, attend, reference
+
+H, G, E = 4, 2, 8
+LENGTHS = (5, 40, 1, 17, 33)
+
+
+def heads(dtype: torch.dtype, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((sum(lengths), count, E) for count in (H, G, G))
+    return [(torch.randn(s, generator=generator) * 2).to(dtype).requires_grad_() for s in shapes]
+
+
+def errors(dtype: torch.dtype, look: Look, lengths: tuple[int, ...] = LENGTHS) -> list[float]:
+    """Of the output and the three gradients, by norm, against float64."""
+    documents = Documents(lengths)
+    ours, exact = (
+        heads(dtype, lengths),
+        [x.detach().double().requires_grad_() for x in heads(dtype, lengths)],
+    )
+    out, truth = (
+        attend(tuple(ours), documents=documents, look=look),
+        reference(tuple(exact), documents=documents, look=look),
+    )
+    generator = torch.Generator().manual_seed(1)
+    dout = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
+    out.backward(dout.to(dtype))
+    truth.backward(dout)
+    pairs = [
+        (out.detach(), truth.detach()),
+        *((a.grad, b.grad) for a, b in zip(ours, exact, strict=True)),
+    ]
+    return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
+
+
+WAYS = ["native", "products", "flash"]
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How softmax is computed: in one native pass, by torch, or within torch's flash kernel."""
+    if request.param == "native" and native.load() is None:
+        pytest.skip("no C++ compiler")
+    if request.param != "native":
+        monkeypatch.setattr(native, "function", lambda *_: None)
+    flash = request.param == "flash"
+    monkeypatch.setattr(attention, "_prefers_flash", lambda q, look: flash and not look.window)
+    return request.param
+
+
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("block", [256, 16])
+def test_it_is_the_reference(
+    way: str, window: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "BLOCK", block)
+    dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (way != "flash")
+    for dtype in dtypes:
+        found = errors(dtype, Look(E**-0.5, window))
+        assert max(found) < TOLERANCE[dtype], (dtype, found)
+
+
+def test_documents_do_not_see_each_other(way: str) -> None:
+    """Whatever stands in one, the others' outputs keep their bits; a leak planted in the spans is
+    seen at once."""
+    look, documents = Look(E**-0.5), Documents(LENGTHS)
+    q, k, v = (x.detach() for x in heads(torch.float32))
+    before, _ = attention.forward((q, k, v), documents=documents, look=look)
+    second = list(documents.spans())[1]
+    for x in (q, k, v):
+        x[second] += 1
+    after, _ = attention.forward((q, k, v), documents=documents, look=look)
+    others = torch.ones(len(q), dtype=torch.bool)
+    others[second] = False
+    assert torch.equal(before[others], after[others])
+    assert not torch.equal(before[second], after[second])
+    leaking, _ = attention.forward((q, k, v), documents=Documents((45, 1, 17, 33)), look=look)
+    assert not torch.equal(leaking[others], after[others])
+
+
+def test_the_future_is_not_seen(way: str) -> None:
+    look, documents = Look(E**-0.5), Documents((20,))
+    q, k, v = (x.detach() for x in heads(torch.float32, (20,)))
+    before, _ = attention.forward((q, k, v), documents=documents, look=look)
+    k[10:], v[10:] = 3.0, 3.0
+    after, _ = attention.forward((q, k, v), documents=documents, look=look)
+    assert torch.equal(before[:10], after[:10])
+    assert not torch.equal(before[10:], after[10:])
+
+
+def test_gradients_by_hand_are_those_of_differences() -> None:
+    q, k, v = heads(torch.float64, (3, 1, 4))
+    how = {"documents": Documents((3, 1, 4)), "look": Look(0.7, 3)}
+    assert torch.autograd.gradcheck(lambda *x: attend(x, **how), (q, k, v))
+
+
+def test_large_scores_do_not_overflow(way: str) -> None:
+    q, k, v = (x.detach() * 100 for x in heads(torch.float32))
+    out, lse = attention.forward((q, k, v), documents=Documents(LENGTHS), look=Look(1.0))
+    assert out.isfinite().all() and lse.isfinite().all()
