@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from lorafit.data.formats import Message, Sample, Shape, check, sample, shape_of
+from lorafit.data.formats import Message, Sample, check, sample, shape_of, unread
 from lorafit.data.read import Row
 from lorafit.errors import DataError
 
+DEEP = json.loads('[{"name": "f", "a": ' + "[" * 101 + "]" * 101 + "}]")
 USER, ANSWER = Message("user", "Hi"), Message("assistant", "Hello")
 
 
@@ -88,7 +89,8 @@ def test_raw_shapes() -> None:
 def test_fields_under_the_users_own_names() -> None:
     (row,) = rows({"text": "Hi", "category": "Hello", "answer": "no"})
     shape = shape_of(row, prompt_field="text", answer_field="category")
-    assert shape == Shape("question", ("text", "category"), "a.jsonl:1")
+    assert (shape.kind, shape.fields) == ("question", ("text", "category"))
+    assert shape.source == "a.jsonl:1"
     assert sample(row, shape).messages == (USER, ANSWER)
     assert shape_of(row, prompt_field="text").fields == ("text", "answer")
 
@@ -173,6 +175,87 @@ def test_tools_and_their_calls() -> None:
     assert expected[2].as_dict()["tool_calls"][0]["function"]["name"] == "add"
 
 
+def test_names_and_habits_of_others() -> None:
+    for fields in (
+        {"messages": json.dumps(turns(("user", "Hi"), ("assistant", "Hello")))},  # of a csv
+        {"messages": turns((" User", "Hi"), ("AI", "Hello"))},
+        {"messages": turns(("user", [{"type": "input_text", "text": "Hi"}]), ("bot", "Hello"))},
+        {"prompt": turns(("user", "Hi")), "completion": "Hello"},
+        {"prompt": "Hi", "completion": turns(("assistant", "Hello"))[0]},
+    ):
+        (row,) = rows(fields)
+        assert shape_of(row).is_chat
+        assert sample(row, shape_of(row)).messages == (USER, ANSWER), fields
+    (row,) = rows({"instruction": "Hi", "output": "Hello", "history": "[]", "system_prompt": "S"})
+    assert sample(row, shape_of(row)).messages == (Message("system", "S"), USER, ANSWER)
+    (row,) = rows({"question": "Hi", "context": "there", "answer": "Hello"})
+    assert sample(row, shape_of(row)).messages[0].content == "Hi\n\nthere"
+    shape = shape_of(row, prompt_field="question")  # columns that the user names are all there is
+    assert sample(row, shape).messages == (USER, ANSWER)
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        (row,) = rows({"messages": [*turns(("user", "Hi")), *turns(("ai", "a"), **{name: "b"})]})
+        assert sample(row, shape_of(row)).messages[1].thinking == "b"
+    for call in ({"name": "f", "parameters": {}}, {"name": "f", "arguments": " "}):
+        (row,) = rows({"messages": [*turns(("user", "Hi")), *turns(("ai", ""), tool_calls=[call])]})
+        assert sample(row, shape_of(row)).messages[1].calls == ({"name": "f", "arguments": {}},)
+    said = turns(
+        ("user", "Hi"), ("tool_call", '{"name": "f"}'), ("tool_response", "2"), ("ai", "a")
+    )
+    (row,) = rows({"messages": said})
+    assert [m.role for m in sample(row, shape_of(row)).messages] == [
+        "user", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+
+
+def test_one_field_under_the_users_own_name() -> None:
+    (row,) = rows({"content": "Once.", "dialogue": turns(("user", "Hi"), ("assistant", "Hello"))})
+    assert sample(row, shape_of(row, wanted="text", answer_field="content")).text == "Once."
+    shape = shape_of(row, wanted="messages", answer_field="dialogue")
+    assert shape.is_chat and sample(row, shape).messages == (USER, ANSWER)
+    (row,) = rows({"a": "2+2=", "b": "4"})
+    shape = shape_of(row, wanted="completion", prompt_field="a", answer_field="b")
+    assert sample(row, shape) == Sample("a.jsonl:1", prompt="2+2=", completion="4")
+
+
+@pytest.mark.parametrize(
+    ("fields", "fix"),
+    [
+        ({"Question": "Hi", " Answer": "a"}, "--prompt-field Question --answer-field ' Answer'"),
+        ({"Text": "Hi"}, "--shape text --answer-field Text"),
+        ({"talk": turns(("user", "Hi"))}, "--shape messages --answer-field talk"),
+        ({"data": [{"question": "Hi", "answer": "Hello"}]}, "jq -c '.data[]'"),
+        ({"question": ["Hi"], "answer": ["Hello"]}, "pandas.read_json"),
+        ({"question": {"0": "Hi"}, "answer": {"0": "Hello"}}, "pandas.read_json"),
+    ],
+)
+def test_what_nearly_is_a_known_shape_comes_with_what_to_type(
+    fields: dict[str, Any], fix: str
+) -> None:
+    with pytest.raises(DataError) as raised:
+        shape_of(*rows(fields))
+    assert fix in raised.value.fix
+
+
+def test_turns_and_raw_text_are_not_mixed() -> None:
+    raw, turned = rows(
+        {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": turns(("user", "Hi")), "completion": turns(("assistant", "Hello"))},
+    )
+    with pytest.raises(DataError, match=r"a.jsonl:2: .* are turns, those of a.jsonl:1 text"):
+        sample(turned, shape_of(raw))
+    with pytest.raises(DataError, match=r"a.jsonl:1: .* are text, those of a.jsonl:2 turns"):
+        sample(raw, shape_of(turned))
+    assert str(shape_of(turned)) == "prompt -> completion (turns)"
+
+
+def test_fields_that_are_not_read_are_known() -> None:
+    said = [*turns(("user", "Hi")), *turns(("assistant", "Hello"), training=False, id="7")]
+    (row,) = rows({"messages": said, "url": "x", "tools": [], "empty": "", "system": "S"})
+    assert unread(row, shape_of(row)) == ["url", "training (of a turn)"]
+    (row,) = rows({"text": "Once.", "title": "One"})
+    assert unread(row, shape_of(row)) == ["title"]
+
+
 def test_weights_choose_which_answers_are_learned() -> None:
     said = [*turns(("user", "Hi"), weight=0), *turns(("assistant", "a"), train=False)]
     (row,) = rows({"messages": [*said, *turns(("user", "Hi")), *turns(("assistant", "Hello"))]})
@@ -187,6 +270,9 @@ def test_rows_that_were_tokenised_before() -> None:
     assert sample(row, shape) == Sample("a.jsonl:1", ids=(5, 6, 7), labels=(5, 6, 7))
     (row,) = rows({"input_ids": [5, 6], "labels": [-100, 6]})
     assert sample(row, shape).labels == (-100, 6)
+    for name in ("assistant_masks", "completion_mask", "loss_mask"):
+        (row,) = rows({"input_ids": [5, 6], name: [0, 1]})
+        assert sample(row, shape_of(row)).labels == (-100, 6)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +295,19 @@ def test_rows_that_were_tokenised_before() -> None:
         ({"messages": turns(("assistant", "Hello"), weight=0.5)}, "turn 1: weight is 0.5"),
         ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids go with 1 labels"),
         ({"input_ids": [1, 2], "labels": [2, 2]}, "2 input_ids go with 2 labels"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "2 input_ids go with 1 labels"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1, 1]}, "2 input_ids go with 3 labels"),
+        ({"input_ids": []}, r"'input_ids' holds \[\] where a list of whole numbers"),
+        ({"question": " ", "answer": "a"}, "'question' is empty, and its answer answers nothing"),
+        ({"instruction": "", "input": None, "output": "a"}, "'instruction' is empty"),
+        ({"messages": [{"role": "user", "text": "Hi"}]}, "turn 1: .*has no content; it has: role"),
+        ({"messages": turns(("system", None), ("ai", "a"))}, "turn 1: this turn of the system has"),
+        ({"messages": turns(("ai", "a")), "images": ["a.png"]}, "'images' holds"),
+        ({"messages": turns(("ai", "a"), audio={"id": 1})}, "turn 1: 'audio' holds"),
+        ({"messages": turns(("ai", "a")), "tools": '[{"n": NaN}]'}, ".*is not JSON: NaN is not"),
+        ({"messages": turns(("ai", "a")), "tools": '[{"n": 1, "n": 2}]'}, ".*'n' stands twice"),
+        ({"messages": turns(("ai", "a")), "tools": "[" * 99_999}, ".*is not JSON: nested too deep"),
+        ({"messages": turns(("ai", "a")), "tools": DEEP}, "a tool or its call is nested too deep"),
         ({"input_ids": "1 2"}, "'input_ids' holds '1 2' where a list of whole numbers"),
         ({"messages": turns(("user", "Hello"), loss_weight=1)}, "turn 1: loss_weight is 1"),
         (

@@ -88,7 +88,7 @@ def test_a_folder_is_read_by_split_or_whole(tmp_path: Path) -> None:
         "train-00001.jsonl:1",
     ]
     assert [row.source for row in read_rows(tmp_path, split="test")] == ["test.jsonl:1"]
-    with pytest.raises(DataError, match=r"no data file for the split 'dev'.\nIt holds: test.jsonl"):
+    with pytest.raises(DataError, match=r"no data file for the split 'dev'.\nIt holds: categories"):
         read_rows(tmp_path, split="dev")
 
 
@@ -118,6 +118,10 @@ def test_packed_files_of_a_folder_count_as_what_they_hold(tmp_path: Path) -> Non
         (["train/one.jsonl", "train/two.jsonl", "dev/one.jsonl"], "train", ["one", "two"]),
         (["text/a.jsonl", "empty/README.md"], "train", ["a"]),
         (["a.jsonl", "old/train.jsonl"], "train", ["a"]),
+        (["my_train.jsonl", "my-val.jsonl"], "train", ["my_train"]),
+        (["my_train.jsonl", "my-val.jsonl"], "validation", ["my-val"]),
+        (["val.jsonl", "validation.jsonl"], "validation", ["validation"]),
+        (["a.jsonl", "a_test.jsonl"], "train", "split 'train'.\nIt holds: a.jsonl, a_test.jsonl"),
         (["en/train.jsonl", "fr/train.jsonl"], "train", "several folders of data: en/train"),
         (["en/a.jsonl", "fr/a.jsonl"], "train", "several folders of data: en/a"),
         (["data/train-1.jsonl"], "dev", "split 'dev'.\nIt holds: data/train-1.jsonl"),

@@ -235,6 +235,8 @@ def _remarks(sets: Sets, train: Side, *, same_prompt: int) -> list[str]:
         "rows were dropped for their length": sum(one.report.dropped for one in sets.reads),
     }
     remarks = [f"{count:,} {what}" for what, count in counted.items() if count > 0]
+    if unread := list(dict.fromkeys(name for one in sets.reads for name in one.unread)):
+        remarks.append(f"not read, nor learned: {', '.join(unread)}")
     return [
         *remarks, f"padded batches would be {train.padding:.0%} padding", *sets.notes,
     ]  # fmt: skip

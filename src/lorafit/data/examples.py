@@ -227,8 +227,10 @@ def held_out(count: int, *, share: float, seed: int) -> list[int]:
         )
     if count < 2:
         raise DataError(
-            f"{count} rows cannot be split into training and evaluation.",
-            fix="Give at least 2 rows, or evaluation data of its own.",
+            f"{count} {'row' if count == 1 else 'rows'} cannot be split into training and "
+            "evaluation.",
+            fix="Give at least 2 rows, evaluation data of its own, or hold nothing back: "
+            "--eval-share 0 --eval-strategy no",
         )
     kept = min(max(1, round(count * share)), _MOST_EVALUATION_ROWS, count - 1)
     return sorted(random.Random(seed).sample(range(count), kept))

@@ -24,7 +24,11 @@ from lorafit.data import parse
 from lorafit.data.parse import Faults, Row
 from lorafit.errors import DataError, nearest
 
-_SPLITS = ("train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval")
+_SPLITS = (  # names that say the same
+    ("train", "training"),
+    ("test", "testing"),
+    ("valid", "validation", "val", "dev", "eval"),
+)
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 _HUB_NAME = re.compile(r"[\w-]+|\w[\w.-]*/\w[\w.-]*")
 _FIX = "Give a jsonl, json, csv, tsv, txt or parquet file, a folder of one kind, or a Hub name."
@@ -182,9 +186,13 @@ def _files(folder: Path, split: str) -> list[Path]:
     """The data files in `folder`, or else one level down, that are the split's."""
     inside = sorted(folder.iterdir())
     files = _data_files(folder) or [f for sub in inside if sub.is_dir() for f in _data_files(sub)]
+    inside = files or inside
     if named := [file for file in files if _split_of(file, folder)]:
-        files = [file for file in named if _split_of(file, folder) == split]
-    names = ", ".join(str(file.relative_to(folder)) for file in files or named or inside)
+        same = next((names for names in _SPLITS if split in names), ())
+        files = [file for file in named if _split_of(file, folder) == split] or [
+            file for file in named if _split_of(file, folder) in same
+        ]
+    names = ", ".join(str(file.relative_to(folder)) for file in files or inside)
     if not files:
         raise DataError(
             f"{folder}: this folder holds no data file for the split {split!r}.",
@@ -214,8 +222,8 @@ def _data_files(folder: Path) -> list[Path]:
 def _split_of(file: Path, folder: Path) -> str:
     """The split after which a file, or else the folder that it is in, is named; "" if none."""
     names = [file.name] if file.parent == folder else [file.name, file.parent.name]
-    words = [re.split(r"[-_.]", name.lower())[0] for name in names]
-    return next((word for word in words if word in _SPLITS), "")
+    words = [word for name in names for word in re.split(r"[-_. ]", name.lower())]
+    return next((word for word in words if any(word in same for same in _SPLITS)), "")
 
 
 # Objects

@@ -45,6 +45,11 @@ class Read:
         """How many rows were skipped, and what was wrong with the first of them."""
         return self.stored.about["skipped"], self.stored.about["named"]
 
+    @property
+    def unread(self) -> list[str]:
+        """The fields of its first rows that hold something and are not read."""
+        return self.stored.about["unread"]
+
 
 @dataclass(frozen=True)
 class Sets:
@@ -105,7 +110,7 @@ class Maker:
             DataError, ModelError: a row or the template cannot be used.
         """
         shape = like or self._shape(source)
-        key = {"the data": source.fingerprint(), **self.key, "the shape": str(shape)}
+        key = {"the data": source.fingerprint(), **self.key, "the shape": f"{shape} {shape.extras}"}
         stored, note = cache.kept(
             source.label, key, make=lambda folder: self._make(source, shape, folder=folder)
         )
@@ -131,6 +136,7 @@ class Maker:
 
     def _make(self, source: Source, shape: formats.Shape, *, folder: Path) -> None:
         faults, report = Faults(skip=self.data.skip_bad_rows), Report()
+        unread: dict[str, None] = {}
         encoder = Encoder(
             self.tokenizer,
             is_chat=shape.is_chat,
@@ -138,11 +144,14 @@ class Maker:
         )
 
         def samples() -> Iterator[formats.Sample]:
-            for row in self._rows(source, faults):
+            for number, row in enumerate(self._rows(source, faults)):
                 try:
                     yield formats.sample(row, shape)
                 except DataError as error:
                     faults.found(error)
+                    continue
+                if number < _LOOKED_AT:
+                    unread.update(dict.fromkeys(formats.unread(row, shape)))
 
         def counted() -> Iterator[examples.Example]:
             for example in built:
@@ -155,10 +164,13 @@ class Maker:
             counted(),
             about=lambda: {
                 "report": asdict(report), "skipped": faults.count, "named": faults.named,
+                "unread": list(unread),
             },
         )  # fmt: skip
 
 
+_LOOKED_AT = 100
+"""Rows whose fields are looked through for those that are not read."""
 _OF_EXAMPLES = ("shape", "prompt_field", "answer_field", "supervise", "skip_bad_rows")
 
 
@@ -245,17 +257,22 @@ def _divided(
     counts = [int(stored.rows[-1]) + 1 for stored, _ in everything]
     numbers = examples.held_out(sum(counts), share=data.eval_share, seed=seed)
     starts = np.cumsum([0, *counts])
-    chosen = [
-        np.isin(stored.rows + start, numbers)
-        for (stored, _), start in zip(everything, starts, strict=False)
-    ]
-    copied = np.concatenate(
-        [stored.wholes[is_held] for (stored, _), is_held in zip(everything, chosen, strict=True)]
-    )
-    held = [
-        is_held | np.isin(stored.wholes, copied)
-        for (stored, _), is_held in zip(everything, chosen, strict=True)
-    ]
+    rows = np.concatenate([stored.rows + n for (stored, _), n in zip(everything, starts[:-1])])
+    wholes = np.concatenate([stored.wholes for stored, _ in everything])
+    contents, copies = np.unique(wholes, return_counts=True)
+    # text that alone is more than the share to hold back (a greeting, a refusal) stays to be learned
+    common = contents[copies > max(len(numbers), copies.min())]
+    held_wholes = np.setdiff1d(wholes[np.isin(rows, numbers)], common)
+    is_held = (np.isin(rows, numbers) & ~np.isin(wholes, common)) | np.isin(wholes, held_wholes)
+    if is_held.all() or not is_held.any():
+        raise DataError(
+            f"{sum(counts):,} rows cannot be split into training and evaluation: {len(contents):,} "
+            "of them are different.",
+            why="Evaluated on copies of what it learned, an adapter always looks good.",
+            fix="Give more rows, evaluation data of its own, or hold nothing back: --eval-share 0 "
+            "--eval-strategy no",
+        )
+    held = np.split(is_held, np.cumsum([len(stored) for stored, _ in everything])[:-1])
     sides = list(zip(everything, held, strict=True))
     train = [(stored, every[~is_held]) for (stored, every), is_held in sides]
     return train, Chosen([(stored, every[is_held]) for (stored, every), is_held in sides])

@@ -87,6 +87,10 @@ class Tokenizer(Protocol):
         """What templates know by name: bos_token, eos_token, ..."""
         ...
 
+    def __len__(self) -> int:
+        """Ids that it knows, added ones included."""
+        ...
+
     def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
         """`input_ids`: a list of ids for each text; `encodings`: where each token stands in its
         text, None where a tokenizer does not know."""
@@ -276,6 +280,13 @@ class Encoder:
 
     def _written(self, sample: Sample) -> list[Encoded] | list[_Written]:
         if sample.ids:
+            if not 0 <= min(sample.ids) <= max(sample.ids) < len(self.tokenizer):
+                raise DataError(
+                    f"{sample.source}: the ids lie between {min(sample.ids)} and "
+                    f"{max(sample.ids)}, and the tokenizer has those below {len(self.tokenizer)}.",
+                    why="They were made with another tokenizer, and mean other text here.",
+                    fix="Give the base whose tokenizer made them, or the text itself.",
+                )
             return [Encoded(list(sample.ids), list(sample.labels), sample.source)]
         if sample.messages:
             return self._written_chat(sample)
@@ -319,8 +330,9 @@ class Encoder:
             )
         answer, message = upto[len(head) :], messages[turn]
         own = [message.content.strip(), message.thinking.strip()]
-        if not all(part in answer for part in [*own, *(call["name"] for call in message.calls)]):
-            _refuse(place, f"the chat template leaves out part of turn {turn + 1}.")
+        parts = [*own, *(call["name"] for call in message.calls)]
+        if lost := next((part for part in parts if part not in answer), ""):
+            _refuse(place, f"the chat template leaves out part of turn {turn + 1}: {lost!r:.60}.")
         # the answer's own text may hold the stop token too: the template's comes after those
         own += [json.dumps(call, ensure_ascii=False) for call in message.calls]
         before = 1 + sum(part.count(self._stop_text) for part in own)
