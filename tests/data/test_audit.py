@@ -114,7 +114,7 @@ def test_common_texts_are_learned_and_copies_are_not_held_against_themselves(
         assert made.evaluation is not None and len(made.train) >= 36
         assert report(tokenizer, made).shared == 0
     same = write(tmp_path / "b.jsonl", pairs(("Hi", "Hello")) * 3)
-    with pytest.raises(DataError, match="3 rows cannot be split .*: 1 of them are different"):
+    with pytest.raises(DataError, match=r"3 rows cannot be split .*: 1 of them are different"):
         make(tokenizer, data=same)
 
 

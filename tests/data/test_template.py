@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lorafit.data import sandbox
-from lorafit.data.formats import Message, Sample, sample, shape_of
+from lorafit.data.formats import Message, Sample, sample
 from lorafit.data.read import read_rows
+from lorafit.data.shapes import shape_of
 from lorafit.data.template import (
     Encoded,
     Encoder,

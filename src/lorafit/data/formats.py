@@ -1,24 +1,21 @@
-"""Which shape the rows have, and each row as a sample: a conversation, a prompt and its
-completion, plain text, or token ids.
+"""A row of a known shape -> a sample: a conversation, a prompt and its completion, plain text, or
+token ids.
 
-Owns the fields that people give their rows. Knows neither files nor tokenizers: `read` gives it
-rows, `template` makes token ids of its samples. What it does not understand in full it refuses by
-name rather than leaving it out.
+Owns what the fields of a row may hold. Knows neither files nor tokenizers: `shapes` says which
+fields there are, `template` makes token ids of samples. What it does not understand in full it
+refuses by name rather than leaving it out.
 """
 
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from lorafit.data.parse import value_of
 from lorafit.data.read import Row
-from lorafit.errors import DataError, nearest
+from lorafit.data.shapes import MASKS, THINKING, WEIGHTS, Shape, check, check_raw, refuse
 from lorafit.kernels.cross_entropy import IGNORE
 
-Kind = Literal[
-    "messages", "conversations", "instruction", "question", "completion", "text", "tokens"
-]
 Role = Literal["system", "user", "assistant", "tool"]
 
 _CALLS = ("function_call", "tool_call")
@@ -30,20 +27,8 @@ _ROLES: Mapping[str, Role] = {
         ("tool", "observation", "function", "function_response", "tool_response"), "tool"
     ),
 }
-_WEIGHTS = ("weight", "loss_weight", "train")
-_THINKING = ("reasoning_content", "reasoning", "thinking")
-_OF_A_TURN = (
-    *("role", "from", "content", "value", "name", "id", "tool_call_id", "tool_calls"),
-    *("function_call", *_WEIGHTS, *_THINKING),
-)
-_DEEPEST = 100
 _UNREADABLE = ("image", "images", "video", "videos", "audio", "audios")
-_MASKS = ("assistant_masks", "completion_mask", "loss_mask")
-_SHAPES_READ = (
-    "Rows may have: messages; conversations; instruction, input and output; question and answer; "
-    "prompt and completion; text; or input_ids and labels. Other names: --prompt-field NAME "
-    "--answer-field NAME, or for one field --shape text (messages, ...) --answer-field NAME."
-)
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,213 +89,6 @@ class Sample:
     labels: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The shape of a data set's rows.
-
-    Attributes:
-        kind: Which of the seven.
-        fields: The fields that every row must have, the answer last.
-        source: The row that it was found in.
-        has_turns: Whether a prompt and its completion are turns of a conversation, not raw text.
-        extras: Fields that are read where a row has them.
-    """
-
-    kind: Kind
-    fields: tuple[str, ...]
-    source: str = ""
-    has_turns: bool = False
-    extras: tuple[str, ...] = ()
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether samples of this shape are conversations, written by the chat template."""
-        return self.has_turns or self.kind not in ("completion", "text", "tokens")
-
-    def __str__(self) -> str:
-        return " -> ".join(self.fields) + (" (turns)" if self.has_turns else "")
-
-
-_SHAPES = (
-    Shape("messages", ("messages",)),
-    Shape("conversations", ("conversations",)),
-    Shape("instruction", ("instruction", "output")),
-    Shape("instruction", ("instruction", "response")),
-    Shape("question", ("question", "answer")),
-    Shape("completion", ("prompt", "completion")),
-    Shape("question", ("prompt", "response")),
-    Shape("question", ("query", "response")),
-    Shape("question", ("question", "response")),
-    Shape("question", ("input", "output")),
-    Shape("tokens", ("input_ids",)),
-    Shape("text", ("text",)),
-)
-
-
-def shape_of(
-    row: Row, *, wanted: str = "auto", prompt_field: str = "", answer_field: str = ""
-) -> Shape:
-    """The shape of a data set, found in its first row.
-
-    Args:
-        wanted: A kind of shape that it must have; "auto" for the first that fits.
-        prompt_field: The field that holds the question, under the user's own name.
-        answer_field: The field that holds the answer, likewise; either alone is enough where the
-            other is called `question` or `answer`. For a kind that has one field, that field.
-
-    Raises:
-        DataError: the row has no known shape, or lacks a field of the wanted one.
-    """
-    shapes = [shape for shape in _SHAPES if wanted in ("auto", shape.kind)]
-    is_named = bool(prompt_field or answer_field)
-    if is_named:
-        shapes = [_under(wanted, prompt_field, answer_field)]
-    fitting = [shape for shape in shapes if not _missing(row, shape)]
-    _check_is_row(row, is_known=bool(fitting))
-    if not fitting and len(shapes) == 1:
-        check(row, shapes[0])
-    if not fitting:
-        _refuse(
-            row.source,
-            f"the shape of this row is not known; it has: {', '.join(_present(row)) or 'nothing'}.",
-            why="Which part is the answer to be learned cannot be told.",
-            fix=_closest(row, shapes),
-        )
-    shape = fitting[0]
-    has_turns = shape.kind == "completion" and not _is_raw(row, shape)
-    return replace(
-        shape, source=row.source, has_turns=has_turns, extras=_extras(shape, is_named=is_named)
-    )
-
-
-def _under(wanted: str, prompt_field: str, answer_field: str) -> Shape:
-    """The wanted shape, a question's by default, under the user's names."""
-    kind = "question" if wanted == "auto" else wanted
-    usual = next(shape for shape in _SHAPES if shape.kind == kind)
-    if len(usual.fields) == 1:
-        return Shape(usual.kind, (answer_field or prompt_field,))
-    return Shape(usual.kind, (prompt_field or usual.fields[0], answer_field or usual.fields[-1]))
-
-
-def _extras(shape: Shape, *, is_named: bool) -> tuple[str, ...]:
-    if shape.kind == "tokens":
-        return ("labels", "attention_mask", *_MASKS)
-    if shape.kind == "text":
-        return ()
-    # beside columns that the user named, one called context is a column like any other
-    more = ("input", "context") if shape.kind in ("question", "instruction") else ()
-    known = ("system", "system_prompt", "history", *(() if is_named else more))
-    return (*(name for name in known if name not in shape.fields), "tools", "functions")
-
-
-def _is_raw(row: Row, shape: Shape) -> bool:
-    return all(isinstance(row.fields[name], str) for name in shape.fields)
-
-
-def _check_is_row(row: Row, *, is_known: bool) -> None:
-    """Nothing, unless this is one object that holds all rows: by columns, or under a name."""
-    values = list(row.fields.values())
-    columns = [
-        value
-        for value in values
-        if (isinstance(value, list) and value and isinstance(value[0], str))
-        or (isinstance(value, Mapping) and "0" in value)
-    ]
-    if len(values) > 1 and len(columns) == len(values):
-        _refuse(
-            row.source,
-            f"this is no row, but an object of columns: {', '.join(row.fields)}.",
-            why="A row is one example, each of its fields a value.",
-            fix="Turn it round: python -c \"import pandas; pandas.read_json('FILE').to_json("
-            "'rows.jsonl', orient='records', lines=True)\"",
-        )
-    held = [name for name, value in row.fields.items() if _first_keys(value) - {"role", "from"}]
-    if not is_known and held and not any(map(_is_turns, values)):
-        _refuse(
-            row.source,
-            f"this is no row, but an object that holds rows under {held[0]!r}.",
-            why="Of several lists in a file, which are the rows cannot be told.",
-            fix=f"Take them out: jq -c '.{held[0]}[]' FILE > rows.jsonl",
-        )
-
-
-def _first_keys(value: Any) -> set[Any]:
-    """The keys of a list's first object; none where it is no list of objects."""
-    first = value[0] if isinstance(value, list) and value else None
-    return set(first) if isinstance(first, Mapping) else set()
-
-
-def _is_turns(value: Any) -> bool:
-    return bool(_first_keys(value) & {"role", "from"})
-
-
-def _closest(row: Row, shapes: Sequence[Shape]) -> str:
-    """What to type: where case and spaces alone are between the row and a shape, its fields."""
-    turns = [name for name, value in row.fields.items() if _is_turns(value)]
-    if len(turns) == 1:
-        return f"Type: --shape messages --answer-field {shlex.quote(turns[0])}"
-    written = {name.strip().lower(): shlex.quote(name) for name in _present(row)}
-    for shape in shapes:
-        if all(name in written for name in shape.fields):
-            *prompt, answer = (written[name] for name in shape.fields)
-            asked = f"--prompt-field {prompt[0]}" if prompt else f"--shape {shape.kind}"
-            return f"Type: {asked} --answer-field {answer}"
-    return _SHAPES_READ
-
-
-def unread(row: Row, shape: Shape) -> list[str]:
-    """The fields of `row`, and the keys of its turns, that hold something and are not read."""
-    fields = {name for name, value in row.fields.items() if value not in (None, "", [], {})}
-    turns = row.fields[shape.fields[-1]] if shape.is_chat else None
-    keys = {
-        f"{name} (of a turn)"
-        for turn in (turns if isinstance(turns, list) else ())
-        if isinstance(turn, Mapping)
-        for name, value in turn.items()
-        if name not in _OF_A_TURN and value not in (None, "", [], {})
-    }
-    return sorted(fields - {*shape.fields, *shape.extras}) + sorted(keys)
-
-
-def check(row: Row, shape: Shape) -> None:
-    """Nothing, if `row` has the fields of `shape`.
-
-    Raises:
-        DataError: it lacks one.
-    """
-    missing = _missing(row, shape)
-    if not missing:
-        return
-    here = _present(row)
-    _refuse(
-        row.source,
-        f"this row has no {' and no '.join(map(repr, missing))}; it has: "
-        f"{', '.join(here) or 'nothing'}.{nearest(missing[0], here)}",
-        why=f"The rows are read as {shape}"
-        + (f", the shape of {shape.source}." if shape.source not in ("", row.source) else "."),
-        fix="All rows of a data set have one shape. " + _SHAPES_READ,
-    )
-
-
-def _check_raw(row: Row, shape: Shape) -> None:
-    if _is_raw(row, shape) == shape.has_turns:
-        kinds = ("turns", "text") if shape.has_turns else ("text", "turns")
-        _refuse(
-            row.source,
-            f"this row's prompt and completion are {kinds[1]}, those of {shape.source} {kinds[0]}.",
-            why="Turns are written by the chat template, and text as it stands.",
-            fix="All rows of a data set have one shape.",
-        )
-
-
-def _present(row: Row) -> list[str]:
-    return [name for name, value in row.fields.items() if value is not None]
-
-
-def _missing(row: Row, shape: Shape) -> list[str]:
-    return [name for name in shape.fields if row.fields.get(name) is None]
-
-
 def sample(row: Row, shape: Shape) -> Sample:
     """The row as a sample.
 
@@ -331,7 +109,7 @@ def sample(row: Row, shape: Shape) -> Sample:
     if shape.kind in ("messages", "conversations"):
         return _chat(row, _turns(first, place))
     if shape.kind == "completion":
-        _check_raw(row, shape)
+        check_raw(row, shape)
     if shape.has_turns:
         asked, answered = _side(first, "user", place=place), _side(last, "assistant", place=place)
         return _chat(row, (*(_asked(turn) for turn in asked), *answered))
@@ -345,7 +123,7 @@ def sample(row: Row, shape: Shape) -> Sample:
     if extra in shape.extras:
         prompt = "\n\n".join(filter(None, (prompt, _text(fields[extra], extra, place=place))))
     if not prompt.strip():
-        _refuse(
+        refuse(
             place,
             f"{shape.fields[0]!r} is empty, and its answer answers nothing.",
             why="The model would learn to say it whatever it is asked.",
@@ -369,7 +147,7 @@ def _chat(row: Row, turns: Sequence[Message]) -> Sample:
     system = _text(row.fields.get(name), name, place=row.source)
     messages = (*([Message("system", system)] if system else []), *turns)
     if not any(message.is_answer and message.learned for message in messages):
-        _refuse(
+        refuse(
             row.source,
             "this conversation has no answer to learn: none of its turns is the assistant's, or "
             "all have weight 0.",
@@ -382,7 +160,7 @@ def _chat(row: Row, turns: Sequence[Message]) -> Sample:
 
 def _check_readable(fields: Mapping[str, Any], place: str) -> None:
     if name := next((name for name in _UNREADABLE if fields.get(name)), ""):
-        _refuse(
+        refuse(
             place,
             f"{name!r} holds {fields[name]!r:.60}, and only text is learned.",
             why="The model would learn to answer about what it was never shown.",
@@ -394,17 +172,17 @@ def _turns(turns: Any, place: str) -> tuple[Message, ...]:
     if isinstance(turns, str) and turns.lstrip().startswith("["):  # csv has no other way
         turns = value_of(turns, place)
     if not isinstance(turns, list | tuple):
-        _refuse(place, f"a conversation must be a list of turns, not {turns!r:.40}.")
+        refuse(place, f"a conversation must be a list of turns, not {turns!r:.40}.")
     return tuple(_message(turn, f"{place}: turn {n}") for n, turn in enumerate(turns, 1))
 
 
 def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, Mapping):
-        _refuse(place, f"a turn must be an object with a role and its text, not {turn!r:.40}.")
+        refuse(place, f"a turn must be an object with a role and its text, not {turn!r:.40}.")
     name = turn.get("role", turn.get("from"))
     role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        _refuse(
+        refuse(
             place,
             f"the role {name!r} is not read.",
             why="A turn left out would change what its answers answer.",
@@ -413,7 +191,7 @@ def _message(turn: Any, place: str) -> Message:
     _check_readable(turn, place)
     content = turn.get("content", turn.get("value"))
     if content is None and role in ("system", "user"):
-        _refuse(
+        refuse(
             place,
             f"this turn of the {role} has no content; it has: {', '.join(turn)}.",
             why="What is answered there would be left out.",
@@ -424,7 +202,7 @@ def _message(turn: Any, place: str) -> Message:
         content, calls = None, _parsed(content, place)
         calls = calls if isinstance(calls, list) else [calls]
     learned = _learned(turn, role, place=place)
-    thinking = next((name for name in _THINKING if turn.get(name)), _THINKING[0])
+    thinking = next((name for name in THINKING if turn.get(name)), THINKING[0])
     called = tuple(_call(call, place) for call in calls)
     needs_words = role == "assistant" and learned and not called
     return Message(
@@ -439,11 +217,11 @@ def _message(turn: Any, place: str) -> Message:
 
 def _learned(turn: Mapping[str, Any], role: Role, *, place: str) -> bool:
     """Whether the turn's weight, if it has one, lets an answer be learned."""
-    name = next((name for name in _WEIGHTS if turn.get(name) is not None), None)
+    name = next((name for name in WEIGHTS if turn.get(name) is not None), None)
     if name is None:
         return True
     if turn[name] not in (0, 1) or (turn[name] and role != "assistant"):
-        _refuse(
+        refuse(
             place,
             f"{name} is {turn[name]!r} on a turn of the {role}.",
             why="An answer is learned (1) or not (0), and only answers are.",
@@ -461,7 +239,7 @@ def _call(call: Any, place: str) -> Mapping[str, Any]:
     """A call as {"name", "arguments"}; OpenAI's arguments are a text that holds JSON."""
     inner = call.get("function", call) if isinstance(call, Mapping) else call
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        _refuse(
+        refuse(
             place,
             f"a call of a tool must have a name and arguments, not {call!r:.60}.",
             fix='Write {"name": "search", "arguments": {"query": "..."}}.',
@@ -475,12 +253,12 @@ def _call(call: Any, place: str) -> Mapping[str, Any]:
 def _tools(tools: Any, place: str) -> tuple[Mapping[str, Any], ...]:
     listed = _parsed(tools, place)
     if not isinstance(listed, list | tuple) or not all(isinstance(t, Mapping) for t in listed):
-        _refuse(place, f"'tools' must be a list of JSON schemas, not {tools!r:.60}.")
+        refuse(place, f"'tools' must be a list of JSON schemas, not {tools!r:.60}.")
     made = tuple(t if "function" in t else {"type": "function", "function": t} for t in listed)
     inner = [tool["function"] for tool in made]
     nameless = [t for t in inner if not (isinstance(t, Mapping) and isinstance(t.get("name"), str))]
     if nameless:
-        _refuse(place, f"a tool has no name: {nameless[0]!r:.60}.")
+        refuse(place, f"a tool has no name: {nameless[0]!r:.60}.")
     return made
 
 
@@ -495,7 +273,7 @@ def _parsed(value: Any, place: str) -> Any:
     ]:
         depth += 1
         if depth > _DEEPEST:
-            _refuse(place, "a tool or its call is nested too deep.", fix="Remove the row.")
+            refuse(place, "a tool or its call is nested too deep.", fix="Remove the row.")
     return value
 
 
@@ -503,7 +281,7 @@ def _history(pairs: Any, place: str) -> tuple[Message, ...]:
     turns: list[Message] = []
     for pair in _parsed(pairs or [], place):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            _refuse(place, f"'history' must hold pairs of question and answer, not {pair!r:.60}.")
+            refuse(place, f"'history' must hold pairs of question and answer, not {pair!r:.60}.")
         turns.append(Message("user", _text(pair[0], "history", place=place)))
         turns.append(Message("assistant", _answer(pair[1], "history", place=place)))
     return tuple(turns)
@@ -515,7 +293,7 @@ def _tokens(fields: Mapping[str, Any], given: Any, place: str) -> Sample:
     ids = _numbers(given, "input_ids", place=place)
     count = len(ids)
     labels, mask = ids, (1,) * count
-    chosen = next((name for name in _MASKS if fields.get(name) is not None), "")
+    chosen = next((name for name in MASKS if fields.get(name) is not None), "")
     if fields.get("labels") is not None:
         labels = _numbers(fields["labels"], "labels", place=place)
     elif chosen:
@@ -526,7 +304,7 @@ def _tokens(fields: Mapping[str, Any], given: Any, place: str) -> Sample:
         mask = _numbers(fields["attention_mask"], "attention_mask", place=place)
     pairs = zip(ids, labels, strict=False)
     if not len(labels) == len(mask) == count or any(y not in (IGNORE, x) for x, y in pairs):
-        _refuse(
+        refuse(
             place,
             f"{count} input_ids go with {len(labels)} labels and a mask of {len(mask)}, or a "
             "label is neither its token nor -100.",
@@ -539,7 +317,7 @@ def _tokens(fields: Mapping[str, Any], given: Any, place: str) -> Sample:
 
 def _numbers(value: Any, name: str, *, place: str) -> tuple[int, ...]:
     if not isinstance(value, list | tuple) or not all(type(part) is int for part in value or [""]):
-        _refuse(place, f"{name!r} holds {value!r:.60} where a list of whole numbers is expected.")
+        refuse(place, f"{name!r} holds {value!r:.60} where a list of whole numbers is expected.")
     return tuple(value)
 
 
@@ -548,7 +326,7 @@ def _text(value: Any, name: str, *, place: str) -> str:
     if isinstance(value, list | tuple) and all(_is_text_part(part) for part in value):
         return "".join(part.get("text", part.get("value")) for part in value)
     if value is not None and not isinstance(value, str):
-        _refuse(
+        refuse(
             place,
             f"{name!r} holds {value!r:.60} where text is expected.",
             fix="Write it as a string; only text is learned.",
@@ -567,14 +345,10 @@ def _is_text_part(part: Any) -> bool:
 def _answer(value: Any, name: str, *, place: str) -> str:
     text = _text(value, name, place=place)
     if not text.strip():
-        _refuse(
+        refuse(
             place,
             f"{name!r} is empty, and it is what should be learned.",
             why="A model trained on empty answers learns to say nothing.",
             fix="Fill it in, or remove the row.",
         )
     return text
-
-
-def _refuse(place: str, what: str, *, why: str = "", fix: str = _SHAPES_READ) -> NoReturn:
-    raise DataError(f"{place}: {what}", why=why, fix=fix)

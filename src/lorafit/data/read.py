@@ -2,7 +2,7 @@
 
 Owns finding the data; the only door to `datasets`, which is imported when parquet, a folder that
 it saved or a Hub name is read and never before. What a file holds is for `parse`; what the fields
-of a row mean, for `formats`.
+of a row mean, for `shapes` and `formats`.
 """
 
 import atexit

@@ -15,15 +15,16 @@ from typing import cast
 import numpy as np
 
 from lorafit.arguments import DataArguments
-from lorafit.data import cache, examples, formats, read, template
+from lorafit.data import cache, examples, formats, read, shapes, template
 from lorafit.data.cache import Chosen, Stored
 from lorafit.data.examples import Policy, Report, Truncation
 from lorafit.data.parse import Faults, Row
 from lorafit.data.read import Source
+from lorafit.data.shapes import Shape
 from lorafit.data.template import Encoder, Supervise
 from lorafit.errors import ConfigError, DataError
 
-_CODE = ("parse", "read", "formats", "template", "examples", "cache")
+_CODE = ("parse", "read", "shapes", "formats", "template", "examples", "cache")
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -33,7 +34,7 @@ class Read:
 
     source: Source
     stored: Stored
-    shape: formats.Shape
+    shape: Shape
 
     @property
     def report(self) -> Report:
@@ -65,7 +66,7 @@ class Sets:
     train: Chosen
     evaluation: Chosen | None
     reads: tuple[Read, ...]
-    shape: formats.Shape
+    shape: Shape
     stops: tuple[int, ...]
     notes: tuple[str, ...]
     fingerprint: str
@@ -100,7 +101,7 @@ class Maker:
             "packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         }
 
-    def read(self, source: Source, *, like: formats.Shape | None = None) -> tuple[Read, str]:
+    def read(self, source: Source, *, like: Shape | None = None) -> tuple[Read, str]:
         """The source's examples, and a line where they had to be made again.
 
         Args:
@@ -116,9 +117,9 @@ class Maker:
         )
         return Read(source, stored, shape), note
 
-    def _shape(self, source: Source) -> formats.Shape:
+    def _shape(self, source: Source) -> Shape:
         first = next(self._rows(source, Faults(skip=self.data.skip_bad_rows)))
-        return formats.shape_of(
+        return shapes.shape_of(
             first,
             wanted=self.data.shape,
             prompt_field=self.data.prompt_field,
@@ -134,7 +135,7 @@ class Maker:
             )
         return chain([first], rows)
 
-    def _make(self, source: Source, shape: formats.Shape, *, folder: Path) -> None:
+    def _make(self, source: Source, shape: Shape, *, folder: Path) -> None:
         faults, report = Faults(skip=self.data.skip_bad_rows), Report()
         unread: dict[str, None] = {}
         encoder = Encoder(
@@ -151,7 +152,7 @@ class Maker:
                     faults.found(error)
                     continue
                 if number < _LOOKED_AT:
-                    unread.update(dict.fromkeys(formats.unread(row, shape)))
+                    unread.update(dict.fromkeys(shapes.unread(row, shape)))
 
         def counted() -> Iterator[examples.Example]:
             for example in built:
@@ -257,10 +258,12 @@ def _divided(
     counts = [int(stored.rows[-1]) + 1 for stored, _ in everything]
     numbers = examples.held_out(sum(counts), share=data.eval_share, seed=seed)
     starts = np.cumsum([0, *counts])
-    rows = np.concatenate([stored.rows + n for (stored, _), n in zip(everything, starts[:-1])])
+    rows = np.concatenate(
+        [stored.rows + n for (stored, _), n in zip(everything, starts, strict=False)]
+    )
     wholes = np.concatenate([stored.wholes for stored, _ in everything])
     contents, copies = np.unique(wholes, return_counts=True)
-    # text that alone is more than the share to hold back (a greeting, a refusal) stays to be learned
+    # text that is more than the share to hold back (a greeting, a refusal) is learned
     common = contents[copies > max(len(numbers), copies.min())]
     held_wholes = np.setdiff1d(wholes[np.isin(rows, numbers)], common)
     is_held = (np.isin(rows, numbers) & ~np.isin(wholes, common)) | np.isin(wholes, held_wholes)
