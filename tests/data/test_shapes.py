@@ -6,8 +6,9 @@ import pytest
 
 from lorafit.data.formats import Message, Sample, sample
 from lorafit.data.read import Row
-from lorafit.data.shapes import check, shape_of, unread
+from lorafit.data.shapes import IGNORE, check, shape_of, unread
 from lorafit.errors import DataError
+from lorafit.kernels import cross_entropy
 
 USER, ANSWER = Message("user", "Hi"), Message("assistant", "Hello")
 
@@ -74,3 +75,7 @@ def test_fields_that_are_not_read_are_known() -> None:
     assert unread(row, shape_of(row)) == ["url", "training (of a turn)"]
     (row,) = rows({"text": "Once.", "title": "One"})
     assert unread(row, shape_of(row)) == ["title"]
+
+
+def test_what_is_not_learned_is_marked_as_the_kernels_mark_it() -> None:
+    assert IGNORE == cross_entropy.IGNORE

@@ -13,8 +13,8 @@ import numpy as np
 
 from lorafit.data.cache import Chosen, Stored
 from lorafit.data.sets import Read, Sets
+from lorafit.data.shapes import IGNORE
 from lorafit.data.template import Tokenizer
-from lorafit.kernels.cross_entropy import IGNORE
 
 _BINS, _SHOWN, _NAMED = 24, 400, 5
 _BLOCKS = " ▁▂▃▄▅▆▇█"

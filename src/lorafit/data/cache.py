@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from lorafit.data.examples import Example
+from lorafit.data.shapes import IGNORE
 from lorafit.errors import DataError
-from lorafit.kernels.cross_entropy import IGNORE
 
 _ABOUT, _SOURCES = "about.json", "sources.txt"
 _TYPES = {"ids": "i4", "learned": "u1", "ends": "i8", "rows": "i4", "wholes": "u8", "prompts": "u8"}
@@ -116,17 +116,17 @@ def store(folder: Path, examples: Iterable[Example], *, about: Callable[[], Any]
         ):
             last, row, end = "", -1, 0
             for example in examples:
-                marks = [label != IGNORE for label in example.labels]
+                marks = np.array(example.labels) != IGNORE
                 tokens = array("i", example.ids).tobytes()
                 ids.write(tokens)
-                learned.write(bytes(marks))
+                learned.write(marks.tobytes())
                 sources.write(example.source if row < 0 else f"\n{example.source}")
                 row += example.source != last or row < 0
                 last, end = example.source, end + len(marks)
                 columns["ends"].append(end)
                 columns["rows"].append(row)
                 columns["wholes"].append(_hash(tokens))
-                columns["prompts"].append(_hash(tokens[: 4 * [*marks, True].index(True)]))
+                columns["prompts"].append(_hash(tokens[: 4 * _first(marks)]))
         for name, values in columns.items():
             (partial / f"{name}.{_TYPES[name]}").write_bytes(values.tobytes())
         sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
@@ -140,6 +140,10 @@ def store(folder: Path, examples: Iterable[Example], *, about: Callable[[], Any]
 
 
 _CODES = {"ends": "q", "rows": "i", "wholes": "Q", "prompts": "Q"}
+
+
+def _first(marks: np.ndarray) -> int:
+    return int(marks.argmax()) if marks.any() else len(marks)
 
 
 def _hash(data: bytes) -> int:

@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from lorafit.data.parse import value_of
 from lorafit.data.read import Row
-from lorafit.data.shapes import MASKS, THINKING, WEIGHTS, Shape, check, check_raw, refuse
-from lorafit.kernels.cross_entropy import IGNORE
+from lorafit.data.shapes import IGNORE, MASKS, THINKING, WEIGHTS, Shape, check, check_raw, refuse
 
 Role = Literal["system", "user", "assistant", "tool"]
 

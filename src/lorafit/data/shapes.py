@@ -12,6 +12,9 @@ from typing import Any, Literal, NoReturn
 from lorafit.data.read import Row
 from lorafit.errors import DataError, nearest
 
+IGNORE = -100
+"""The label of a token that is not learned; the kernels', without torch."""
+
 Kind = Literal[
     "messages", "conversations", "instruction", "question", "completion", "text", "tokens"
 ]

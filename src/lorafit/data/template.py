@@ -22,8 +22,8 @@ from jinja2 import TemplateError
 
 from lorafit.data import sandbox
 from lorafit.data.formats import Message, Sample
+from lorafit.data.shapes import IGNORE
 from lorafit.errors import DataError, ModelError
-from lorafit.kernels.cross_entropy import IGNORE
 
 PLAIN_TEMPLATE = (
     "{% if tools %}### Tools:{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}"
