@@ -118,6 +118,15 @@ def test_common_texts_are_learned_and_copies_are_not_held_against_themselves(
         make(tokenizer, data=same)
 
 
+def test_evaluation_data_has_splits_of_its_own(tokenizer: Any, tmp_path: Path) -> None:
+    for name, number in (("train", 0), ("test", 1), ("dev", 2)):
+        write(tmp_path / f"{name}.jsonl", TWENTY[: 10 + number])
+    train = write(tmp_path / "other.json", TWENTY)
+    for wanted, count in (({}, 12), ({"eval_split": "test"}, 11), ({"split": "train"}, 12)):
+        made = make(tokenizer, data=train, eval_data=str(tmp_path), **wanted)
+        assert made.evaluation is not None and len(made.evaluation) == count
+
+
 def test_ids_of_another_tokenizer_are_refused(tokenizer: Any, tmp_path: Path) -> None:
     for wrong in (200_000, -6, 2**40):
         file = write(tmp_path / "a.jsonl", [{"input_ids": [5, wrong]}])

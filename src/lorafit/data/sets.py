@@ -239,7 +239,7 @@ def _weights(written: str | list[str] | None, names: Sequence[str]) -> list[floa
 
 def _held_source(data: DataArguments) -> Source | None:
     if data.eval_data:
-        return read.locate(data.eval_data, split=data.eval_split or data.split)
+        return read.locate(data.eval_data, split=data.eval_split or read.HELD_OUT)
     if data.eval_split:
         return read.locate(data.data, split=data.eval_split)
     return None
