@@ -291,7 +291,8 @@ def _loaded(label: str, load: Callable[[], Any], *, failed: str, fix: str = "") 
         except DataError:
             raise
         except Exception as error:  # no common root: network, gone, no such split, ...
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            # a second line names the configurations that there are
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(f"{failed}: {reason}", fix=fix) from error
 
     def fingerprint() -> str:
