@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-SECONDS, BYTES = 5, 1 << 30
-"""Processor time and address space that rendering may take."""
+SECONDS, BYTES, CHARACTERS, TIMES = 5, 1 << 30, 100_000, 20
+"""Processor time and address space that rendering may take; characters that it may write beside so
+many times those it was given."""
 
 
 class Breach(Exception):
@@ -35,6 +36,8 @@ def try_out(template: str, conversations: Sequence[Mapping[str, Any]]) -> None:
             "conversations": list(conversations),
             "seconds": SECONDS,
             "bytes": BYTES,
+            "characters": CHARACTERS,
+            "times": TIMES,
         }
     )
     try:
@@ -106,8 +109,11 @@ def _main() -> None:
     environment.filters["tojson"] = _as_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: form}
     for conversation in asked["conversations"]:
+        most = asked["characters"] + asked["times"] * len(json.dumps(conversation))
         try:
-            environment.from_string(asked["template"]).render(**conversation)
+            for piece in environment.from_string(asked["template"]).generate(**conversation):
+                if (most := most - len(piece)) < 0:
+                    sys.exit("it wrote far more than the conversation it was given")
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
             continue  # the row's own affair, told with its line where it is encoded
 

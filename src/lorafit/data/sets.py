@@ -24,7 +24,7 @@ from lorafit.data.shapes import Shape
 from lorafit.data.template import Encoder, Supervise
 from lorafit.errors import ConfigError, DataError
 
-_CODE = ("parse", "read", "shapes", "formats", "template", "examples", "cache")
+_CODE = ("parse", "read", "shapes", "formats", "tokenizer", "template", "examples", "cache")
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 
