@@ -25,7 +25,7 @@ PACKAGE = ROOT / "src" / "lorafit"
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 9_000, 14_000
 ROOM_CODE = {  # "" is the files at the top, together
     "": 3_200,
-    "data": 2_300,
+    "data": 2_600,
     "model": 900,
     "kernels": 1_200,
     "engine": 1_500,

@@ -104,7 +104,7 @@ def sample(row: Row, shape: Shape) -> Sample:
     fields, place = row.fields, row.source
     first, last = fields[shape.fields[0]], fields[shape.fields[-1]]
     if shape.kind == "tokens":
-        return _tokens(fields, first, place)
+        return _tokens(fields, first, place=place)
     if shape.kind in ("messages", "conversations"):
         return _chat(row, _turns(first, place))
     if shape.kind == "completion":
@@ -286,7 +286,7 @@ def _history(pairs: Any, place: str) -> tuple[Message, ...]:
     return tuple(turns)
 
 
-def _tokens(fields: Mapping[str, Any], given: Any, place: str) -> Sample:
+def _tokens(fields: Mapping[str, Any], given: Any, *, place: str) -> Sample:
     """Ids as they stand, but for what the attention mask hides; learned are those of the labels or
     of a mask that says so, without either all."""
     ids = _numbers(given, "input_ids", place=place)

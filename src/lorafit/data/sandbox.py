@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -111,9 +112,9 @@ def _main() -> None:
     for conversation in asked["conversations"]:
         most = asked["characters"] + asked["times"] * len(json.dumps(conversation))
         try:
-            for piece in environment.from_string(asked["template"]).generate(**conversation):
-                if (most := most - len(piece)) < 0:
-                    sys.exit("it wrote far more than the conversation it was given")
+            pieces = environment.from_string(asked["template"]).generate(**conversation)
+            if any(written > most for written in accumulate(map(len, pieces))):
+                sys.exit("it wrote far more than the conversation it was given")
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
             continue  # the row's own affair, told with its line where it is encoded
 

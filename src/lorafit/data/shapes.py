@@ -92,7 +92,7 @@ def shape_of(
     shapes = [shape for shape in _SHAPES if wanted in ("auto", shape.kind)]
     is_named = bool(prompt_field or answer_field)
     if is_named:
-        shapes = [_under(wanted, prompt_field, answer_field)]
+        shapes = [_under(wanted, prompt_field=prompt_field, answer_field=answer_field)]
     fitting = [shape for shape in shapes if not _missing(row, shape)]
     _check_is_row(row, is_known=bool(fitting))
     if not fitting and len(shapes) == 1:
@@ -111,7 +111,7 @@ def shape_of(
     )
 
 
-def _under(wanted: str, prompt_field: str, answer_field: str) -> Shape:
+def _under(wanted: str, *, prompt_field: str, answer_field: str) -> Shape:
     """The wanted shape, a question's by default, under the user's names."""
     kind = "question" if wanted == "auto" else wanted
     usual = next(shape for shape in _SHAPES if shape.kind == kind)

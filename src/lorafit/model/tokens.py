@@ -83,6 +83,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def nearest_folder(path: Path) -> str:
+    """` Did you mean X?` for a folder beside `path` with a name close to its own; else empty."""
     parent = path.parent
     if not parent.is_dir():
         return ""
