@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorafit.arguments import DataArguments
-from lorafit.data import sets
+from lorafit.data import cache, sets
 from lorafit.data.audit import Audit, audit
 from lorafit.data.sets import Maker, Sets
 from lorafit.errors import ConfigError, DataError
@@ -86,7 +86,10 @@ def test_lost_stops_and_answers_would_hurt(tokenizer: Any, tmp_path: Path) -> No
     assert any("rows lost an answer" in harm for harm in report(tokenizer, made).harms)
 
 
-def test_token_rows_without_an_end_would_hurt(tokenizer: Any, tmp_path: Path) -> None:
+def test_token_rows_without_an_end_would_hurt(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_BLOCK", 1)
     file = write(tmp_path / "a.jsonl", [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 151645]}])
     found = report(tokenizer, make(tokenizer, data=file, eval_share=0.0))
     assert found.train.without_stop == 1

@@ -160,11 +160,14 @@ def _lengths(lengths: np.ndarray) -> Lengths:
 def _without_stop(stored: Stored, stops: Sequence[int]) -> np.ndarray:
     """For each example, its learned stretches that end without a stop token."""
     ids, learned, ends = stored.tokens
-    following = np.append(learned[1:], 0)
-    following[ends - 1] = 0
-    silent = (learned == 1) & (following == 0) & ~np.isin(ids, stops)
     starts = np.concatenate(([0], ends[:-1]))
-    return np.add.reduceat(silent, starts, dtype=np.int64)
+    found = np.empty(len(stored), np.int64)
+    for some, part in stored.blocks():
+        following = np.append(learned[part][1:], 0)
+        following[ends[some] - 1 - part.start] = 0
+        silent = (learned[part] == 1) & (following == 0) & ~np.isin(ids[part], stops)
+        found[some] = np.add.reduceat(silent, starts[some] - part.start, dtype=np.int64)
+    return found
 
 
 def _padding(lengths: np.ndarray, batch_size: int) -> float:

@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lorafit.errors import DataError
 
 _ABOUT, _SOURCES = "about.json", "sources.txt"
 _TYPES = {"ids": "i4", "learned": "u1", "ends": "i8", "rows": "i4", "wholes": "u8", "prompts": "u8"}
+_BLOCK = 50_000
 _KEPT = 4
 """Versions kept of each data set; the oldest goes."""
 
@@ -68,8 +69,19 @@ class Stored(Sequence[dict[str, list[int]]]):
     def supervised(self) -> np.ndarray:
         """Tokens of each example that carry loss; the first never does."""
         starts = np.concatenate(([0], self.ends[:-1]))
-        totals = np.add.reduceat(self._learned, starts, dtype=np.int64)
+        totals = np.empty(len(self), np.int64)
+        for some, part in self.blocks():
+            first = starts[some] - part.start
+            totals[some] = np.add.reduceat(self._learned[part], first, dtype=np.int64)
         return totals - self._learned[starts]
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Examples, and where their tokens lie, some at a time: counting them all in one go took
+        a gigabyte for a million."""
+        for first in range(0, len(self), _BLOCK):
+            last = min(first + _BLOCK, len(self))
+            start = int(self.ends[first - 1]) if first else 0
+            yield slice(first, last), slice(start, int(self.ends[last - 1]))
 
     def sources(self) -> list[str]:
         """The file and line of each example's row."""
