@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from lorafit.arguments import DataArguments
 from lorafit.data import sets
-from lorafit.model import base
+from lorafit.model import tokens
 
 datasets.disable_progress_bars()
 
@@ -51,9 +51,9 @@ def mapped(tokenizer: object, file: str, folder: str) -> int:
 
 def main(name: str, file: str, repeats: int = 3) -> None:
     """Print the pairs."""
-    tokenizer = base.load_tokenizer(name)
+    tokenizer = tokens.load_tokenizer(name)
     plain = AutoTokenizer.from_pretrained(name)
-    identity = base.tokenizer_identity(tokenizer)
+    identity = tokens.tokenizer_identity(tokenizer)
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["LORAFIT_CACHE"] = folder

@@ -1,6 +1,9 @@
 """What every test may lean on: no network, and the shared real data where it lies."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, w
 # models of a few thousand parameters: a second thread only waits at barriers, and on a busy machine
 # for long. Before anything imports torch.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# examples are kept in the user's own cache otherwise
+os.environ["LORAFIT_CACHE"] = tempfile.mkdtemp(prefix="lorafit-tests-")
+atexit.register(shutil.rmtree, os.environ["LORAFIT_CACHE"], ignore_errors=True)
 
 ROOT = Path(__file__).parent.parent
 

@@ -178,3 +178,37 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(
     assert done.exit_code == 0, done.output
     steps = [json.loads(line) for line in journal.open()]
     assert [e["step"] for e in steps if e["event"] == "StepEnd"] == list(range(1, step + 3))
+
+
+def test_check_tells_what_would_hurt_to_people_and_machines(
+    tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LORAFIT_CACHE", str(tmp_path / "cache"))
+    rows.write_text(rows.read_text().replace("A cat", ":cat: [b]A cat[/b]"))
+    clean = invoke("check", "--model", tiny_llama, "--data", rows)
+    assert clean.exit_code == 0, clean.output
+    assert ":cat: [b]A cat[/b], " in clean.output and "Nothing was found" in clean.output
+    hurt = invoke("check", "--model", tiny_llama, "--data", rows, "--eval-data", rows, "--json")
+    assert hurt.exit_code == 1
+    report = json.loads(hurt.stdout)
+    assert report["shared"] == 20 and report["harms"] and report["train"]["examples"] == 20
+    rows.write_text('{"question": "Who?"')
+    broken = invoke("check", "--model", tiny_llama, "--data", rows)
+    assert broken.exit_code == 2 and "rows.jsonl:1:20: this is not valid JSON" in broken.output
+
+
+def test_check_needs_no_torch(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
+    words = ["lorafit", "check", "--model", str(tiny_llama), "--data", str(rows)]
+    code = f"import sys; sys.argv = {words}; from lorafit import cli\n" + (
+        "try: cli.main()\nfinally: print([name for name in ('torch', 'peft', 'datasets') "
+        "if sys.modules.get(name)])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "LORAFIT_CACHE": str(tmp_path / "cache")},
+    )
+    assert done.stdout.splitlines()[-2:] == ["Nothing was found that would hurt.", "[]"]
+    assert done.returncode == 0 and not done.stderr

@@ -26,8 +26,8 @@ PACKAGE = ROOT / "src" / "lorafit"
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 11_500, 17_500
 ROOM_CODE = {  # "" is the files at the top, together
     "": 3_400,
-    "data": 2_300,
-    "model": 1_300,
+    "data": 2_600,
+    "model": 1_350,
     "kernels": 1_200,
     "engine": 1_500,
     "run": 1_500,
@@ -313,10 +313,9 @@ def test_functions_take_few_parameters() -> None:
     over = []
     for item in functions():
         positional, every = parameters(item)
-        shaped = (
-            is_autograd(item)
-            or (item.source.name in TRANSFORMERS_SHAPED
-            and (item.public or item.node.name == "__init__"))
+        shaped = is_autograd(item) or (
+            item.source.name in TRANSFORMERS_SHAPED
+            and (item.public or item.node.name == "__init__")
         )
         if not shaped and (len(every) > PARAMETERS or len(positional) > POSITIONAL):
             over.append(f"{item.place}: {len(every)}, {len(positional)} by position")

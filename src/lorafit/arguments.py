@@ -93,17 +93,22 @@ class DataArguments(Panel):
     data: str = _data(
         "",
         "Training data: jsonl, json, csv, txt or parquet files with commas between, a folder of "
-        "them, a name on the Hub, or - for standard input.",
+        "them, a name on the Hub (owner/name, or owner/name:configuration), or - for standard "
+        "input.",
     )
     data_weights: str | list[str] | None = _data(
         None, "How often each of several is learned in an epoch, such as 1,0.5; none: once."
     )
     eval_data: str = _data("", "Evaluation data; empty: some rows of the training data.")
-    eval_split: str = _data("", "Split that is evaluated, of --eval-data or else of --data.")
+    eval_split: str = _data(
+        "",
+        "Split that is evaluated, of --eval-data or else of --data; empty: --eval-data's "
+        "validation, test or train, the first that it has.",
+    )
     eval_share: float = _data(
         0.1, "Part of the data held back to evaluate, at most 1000 rows; 0: none.", span=PART
     )
-    split: str = _data("train", "Which split of a data set from the Hub is trained on.")
+    split: str = _data("train", "Which split of --data is trained on; a single file has none.")
     shape: str = _data("auto", "How a row is laid out; auto looks at its fields.", choices=SHAPES)
     prompt_field: str = _data("", "The row's field that holds the prompt; empty: by shape.")
     answer_field: str = _data("", "The row's field that holds the answer; empty: by shape.")

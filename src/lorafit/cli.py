@@ -7,6 +7,7 @@ once. The only file that turns errors into exit codes: 2 for the user's mistake,
 
 import inspect
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,10 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the `lorafit` command."""
+    if sys.argv[1:2] == ["check"] and "--trust-remote-code" not in sys.argv:
+        # transformers imports torch for its tokenizers wherever it finds it, and needs it for none
+        sys.modules["torch"] = None  # type: ignore[assignment]
+        os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that torch is not there
     app()
 
 
@@ -55,7 +60,7 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    Terminal(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    Terminal(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(message, markup=False)
     raise typer.Exit(code)
 
 
@@ -126,7 +131,7 @@ def train(
     prepared = job.prepare(resolved)
     prepared.trainer.resume_command = _resume_command()
     folder = prepared.run()
-    terminal = Terminal(highlight=False, soft_wrap=True)
+    terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     terminal.print(f"Ask it: lorafit generate --adapter {shlex.quote(str(folder))} --prompt ...")
 
 
@@ -146,11 +151,11 @@ def check(
     Exits with 1 where something would hurt the training."""
     flags = {name: value for name, value in given.items() if value is not None}
     resolved = config.load(settings, flags)
-    from lorafit import job
+    from lorafit import review
     from lorafit.run.console import show_report
 
-    report, notices = job.check(resolved)
-    terminal = Terminal(highlight=False, soft_wrap=True)
+    report, notices = review.check(resolved)
+    terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     if as_json:
         terminal.print(json.dumps(report.as_dict(), indent=2), markup=False)
     else:
@@ -181,7 +186,7 @@ def generate(
     """Answer prompts with an adapter over the base it names."""
     from lorafit.deploy import generate as deploy
 
-    terminal = Terminal(highlight=False, soft_wrap=True)
+    terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     tuned = deploy.open_adapter(adapter, base=base)
     sampling = deploy.Sampling(max_new_tokens, temperature, seed)
     answers = deploy.answer(tuned, prompt, sampling=sampling)

@@ -27,7 +27,7 @@ def run(folder: Path, *, overwrite: bool = False) -> None:
     Raises:
         UsageError: `folder` cannot be written or holds a run; the standard library has no sources.
     """
-    terminal = Terminal(highlight=False, soft_wrap=True)
+    terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     with as_file(files("lorafit") / "assets" / "base") as base:
         learned, evaluation = docstrings.pairs()
         given = sources(learned, evaluation)

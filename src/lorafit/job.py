@@ -7,19 +7,15 @@ is written. Knows the order of the rooms, not what happens inside them.
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
-from lorafit import compat
+from lorafit import compat, review
 from lorafit.config import Settings, dump
-from lorafit.data import audit, sets, template
-from lorafit.data.audit import Audit
 from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
 from lorafit.errors import ConfigError
 from lorafit.model import adapters, base
 from lorafit.run import store
-from lorafit.run.console import counting
 from lorafit.trainer import Trainer
 
 
@@ -56,9 +52,9 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
     """
     check_folder(settings)
     base.check_base(settings.model.model)
-    data, tokenizer = make_sets(settings, given)
+    data, tokenizer = review.make_sets(settings, given)
     _check_evaluation(data, settings)
-    report = _audited(data, tokenizer, settings=settings)
+    report = review.audited(data, tokenizer, settings=settings)
     model = base.load_model(settings.model)
     # the adapter's first weights are drawn here, before the trainer seeds its own run
     compat.set_seed(settings.training.seed, deterministic=settings.training.full_determinism)
@@ -78,44 +74,6 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
         "lorafit": version("lorafit"),
     }
     return Job(trainer, settings, (*report.summary(), *settings.notices))
-
-
-def make_sets(settings: Settings, given: tuple[Source, Source] | None = None) -> tuple[Sets, Any]:
-    """The examples, and the tokenizer that made them; no weight is read.
-
-    Raises:
-        UsageError: something in data or tokenizer cannot be used.
-    """
-    chosen = settings.model
-    tokenizer = base.load_tokenizer(
-        chosen.model, revision=chosen.revision, trust_remote_code=chosen.trust_remote_code
-    )
-    # a plain template travels with the adapter, as the tokenizer's own does
-    tokenizer.chat_template = tokenizer.chat_template or template.chat_template_of(tokenizer)
-    with counting("examples") as moved:
-        maker = sets.Maker(
-            settings.data,
-            tokenizer,
-            identity=base.tokenizer_identity(tokenizer),
-            limit=base.context_of(chosen, tokenizer),
-            moved=moved,
-        )
-        return sets.make(maker, seed=settings.training.seed, given=given), tokenizer
-
-
-def check(settings: Settings) -> tuple[Audit, tuple[str, ...]]:
-    """The report on the data that a run with these settings would learn from, and its notices.
-
-    Raises:
-        UsageError: something in data or tokenizer cannot be used.
-    """
-    data, tokenizer = make_sets(settings)
-    return _audited(data, tokenizer, settings=settings), settings.notices
-
-
-def _audited(data: Sets, tokenizer: Any, *, settings: Settings) -> Audit:
-    size = settings.training.per_device_train_batch_size
-    return audit.audit(data, tokenizer, batch_size=size)
 
 
 def _check_evaluation(data: Sets, settings: Settings) -> None:

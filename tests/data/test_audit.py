@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lorafit.arguments import DataArguments
-from lorafit.data import sets
+from lorafit.data import cache, sets
 from lorafit.data.audit import Audit, audit
 from lorafit.data.sets import Maker, Sets
 from lorafit.errors import ConfigError, DataError
@@ -86,11 +86,55 @@ def test_lost_stops_and_answers_would_hurt(tokenizer: Any, tmp_path: Path) -> No
     assert any("rows lost an answer" in harm for harm in report(tokenizer, made).harms)
 
 
-def test_token_rows_without_an_end_would_hurt(tokenizer: Any, tmp_path: Path) -> None:
+def test_token_rows_without_an_end_would_hurt(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_BLOCK", 1)
     file = write(tmp_path / "a.jsonl", [{"input_ids": [5, 6, 7]}, {"input_ids": [5, 151645]}])
     found = report(tokenizer, make(tokenizer, data=file, eval_share=0.0))
     assert found.train.without_stop == 1
     assert "end them with the tokenizer's end-of-text token" in found.harms[0]
+
+
+def test_what_is_not_read_is_said(tokenizer: Any, tmp_path: Path) -> None:
+    rows = [row | {"id": "7", "hint": ""} for row in TWENTY]
+    found = report(tokenizer, make(tokenizer, data=write(tmp_path / "a.jsonl", rows)))
+    assert "not read, nor learned: id" in found.remarks
+
+
+def test_common_texts_are_learned_and_copies_are_not_held_against_themselves(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    rows = [*TWENTY, *pairs(("Hi", "I do not know.")) * 20]
+    for seed in range(3):
+        maker = Maker(
+            DataArguments(data=write(tmp_path / "a.jsonl", rows)),
+            tokenizer,
+            identity="",
+            limit=None,
+        )
+        made = sets.make(maker, seed=seed)
+        assert made.evaluation is not None and len(made.train) >= 36
+        assert report(tokenizer, made).shared == 0
+    same = write(tmp_path / "b.jsonl", pairs(("Hi", "Hello")) * 3)
+    with pytest.raises(DataError, match=r"3 rows cannot be split .*: 1 of them are different"):
+        make(tokenizer, data=same)
+
+
+def test_evaluation_data_has_splits_of_its_own(tokenizer: Any, tmp_path: Path) -> None:
+    for name, number in (("train", 0), ("test", 1), ("dev", 2)):
+        write(tmp_path / f"{name}.jsonl", TWENTY[: 10 + number])
+    train = write(tmp_path / "other.json", TWENTY)
+    for wanted, count in (({}, 12), ({"eval_split": "test"}, 11), ({"split": "train"}, 12)):
+        made = make(tokenizer, data=train, eval_data=str(tmp_path), **wanted)
+        assert made.evaluation is not None and len(made.evaluation) == count
+
+
+def test_ids_of_another_tokenizer_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    for wrong in (200_000, -6, 2**40):
+        file = write(tmp_path / "a.jsonl", [{"input_ids": [5, wrong]}])
+        with pytest.raises(DataError, match=f"a.jsonl:1: the ids lie between .*{wrong}"):
+            make(tokenizer, data=file, eval_share=0.0)
 
 
 def test_skipped_rows_are_counted_and_named(tokenizer: Any, tmp_path: Path) -> None:

@@ -45,7 +45,10 @@ def test_what_was_stored_is_read(
     stored = write(tmp_path_factory.mktemp("set") / "x", *examples)
     assert [stored[n] for n in range(len(stored))] == [fields(each) for each in examples]
     assert stored.lengths.tolist() == [len(each.ids) for each in examples]
-    assert stored.supervised.tolist() == [each.supervised for each in examples]
+    for count in (3, 50_000):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cache, "_BLOCK", count)
+            assert stored.supervised.tolist() == [each.supervised for each in examples]
     assert stored.sources() == [each.source for each in examples]
 
 

@@ -183,7 +183,7 @@ def test_the_seed_chooses_the_evaluation_rows() -> None:
 
 
 def test_splits_that_cannot_be_are_refused() -> None:
-    with pytest.raises(DataError, match="1 rows cannot be split"):
+    with pytest.raises(DataError, match="1 row cannot be split"):
         held_out(1, share=0.5, seed=0)
     for share in (0, 1, -0.1, float("nan")):
         with pytest.raises(ConfigError, match="not between 0 and 1"):

@@ -5,10 +5,12 @@ from typing import Any
 
 import pytest
 
-from lorafit.data.formats import Message, Sample, Shape, check, sample, shape_of
+from lorafit.data.formats import Message, Sample, sample
 from lorafit.data.read import Row
+from lorafit.data.shapes import shape_of
 from lorafit.errors import DataError
 
+DEEP = json.loads('[{"name": "f", "a": ' + "[" * 101 + "]" * 101 + "}]")
 USER, ANSWER = Message("user", "Hi"), Message("assistant", "Hello")
 
 
@@ -88,28 +90,10 @@ def test_raw_shapes() -> None:
 def test_fields_under_the_users_own_names() -> None:
     (row,) = rows({"text": "Hi", "category": "Hello", "answer": "no"})
     shape = shape_of(row, prompt_field="text", answer_field="category")
-    assert shape == Shape("question", ("text", "category"), "a.jsonl:1")
+    assert (shape.kind, shape.fields) == ("question", ("text", "category"))
+    assert shape.source == "a.jsonl:1"
     assert sample(row, shape).messages == (USER, ANSWER)
     assert shape_of(row, prompt_field="text").fields == ("text", "answer")
-
-
-def test_every_row_has_the_shape_of_the_first() -> None:
-    first, second = rows({"question": "Hi", "answer": "Hello"}, {"text": "Once."})
-    shape = shape_of(first)
-    check(first, shape)
-    with pytest.raises(DataError, match=r"a.jsonl:2: this row has no 'question' .* has: text"):
-        sample(second, shape)
-    (half,) = rows({"question": "Hi", "answer": None})
-    with pytest.raises(DataError, match=r"the shape of a.jsonl:1") as raised:
-        check(Row(half.fields, "a.jsonl:9"), shape)
-    assert "a.jsonl:9: this row has no 'answer'; it has: question" in raised.value.what
-    with pytest.raises(DataError, match=r"a.jsonl:2: this row has no 'intent'; it has: text"):
-        shape_of(second, prompt_field="text", answer_field="intent")
-    (other,) = rows({"frage": "Hi", "antwort": "Hello"})
-    with pytest.raises(DataError, match=r"a.jsonl:1: the shape .* not known; it has: frage, antw"):
-        shape_of(other)
-    with pytest.raises(DataError, match=r"has no 'messages'; it has: frage"):
-        shape_of(other, wanted="messages")
 
 
 def test_more_names_for_questions_and_answers() -> None:
@@ -173,6 +157,50 @@ def test_tools_and_their_calls() -> None:
     assert expected[2].as_dict()["tool_calls"][0]["function"]["name"] == "add"
 
 
+def test_names_and_habits_of_others() -> None:
+    for fields in (
+        {"messages": json.dumps(turns(("user", "Hi"), ("assistant", "Hello")))},  # of a csv
+        {"messages": turns((" User", "Hi"), ("AI", "Hello"))},
+        {"messages": turns(("user", [{"type": "input_text", "text": "Hi"}]), ("bot", "Hello"))},
+        {"prompt": turns(("user", "Hi")), "completion": "Hello"},
+        {"prompt": "Hi", "completion": turns(("assistant", "Hello"))[0]},
+    ):
+        (row,) = rows(fields)
+        assert shape_of(row).is_chat
+        assert sample(row, shape_of(row)).messages == (USER, ANSWER), fields
+    (row,) = rows({"instruction": "Hi", "output": "Hello", "history": "[]", "system_prompt": "S"})
+    assert sample(row, shape_of(row)).messages == (Message("system", "S"), USER, ANSWER)
+    (row,) = rows({"question": "Hi", "context": "there", "answer": "Hello"})
+    assert sample(row, shape_of(row)).messages[0].content == "Hi\n\nthere"
+    shape = shape_of(row, prompt_field="question")  # columns that the user names are all there is
+    assert sample(row, shape).messages == (USER, ANSWER)
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        (row,) = rows({"messages": [*turns(("user", "Hi")), *turns(("ai", "a"), **{name: "b"})]})
+        assert sample(row, shape_of(row)).messages[1].thinking == "b"
+    for call in ({"name": "f", "parameters": {}}, {"name": "f", "arguments": " "}):
+        (row,) = rows({"messages": [*turns(("user", "Hi")), *turns(("ai", ""), tool_calls=[call])]})
+        assert sample(row, shape_of(row)).messages[1].calls == ({"name": "f", "arguments": {}},)
+    said = turns(
+        ("user", "Hi"), ("tool_call", '{"name": "f"}'), ("tool_response", "2"), ("ai", "a")
+    )
+    (row,) = rows({"messages": said})
+    assert [m.role for m in sample(row, shape_of(row)).messages] == [
+        "user", "assistant", "tool", "assistant",
+    ]  # fmt: skip
+
+
+def test_turns_and_raw_text_are_not_mixed() -> None:
+    raw, turned = rows(
+        {"prompt": "Hi", "completion": "Hello"},
+        {"prompt": turns(("user", "Hi")), "completion": turns(("assistant", "Hello"))},
+    )
+    with pytest.raises(DataError, match=r"a.jsonl:2: .* are turns, those of a.jsonl:1 text"):
+        sample(turned, shape_of(raw))
+    with pytest.raises(DataError, match=r"a.jsonl:1: .* are text, those of a.jsonl:2 turns"):
+        sample(raw, shape_of(turned))
+    assert str(shape_of(turned)) == "prompt -> completion (turns)"
+
+
 def test_weights_choose_which_answers_are_learned() -> None:
     said = [*turns(("user", "Hi"), weight=0), *turns(("assistant", "a"), train=False)]
     (row,) = rows({"messages": [*said, *turns(("user", "Hi")), *turns(("assistant", "Hello"))]})
@@ -187,6 +215,9 @@ def test_rows_that_were_tokenised_before() -> None:
     assert sample(row, shape) == Sample("a.jsonl:1", ids=(5, 6, 7), labels=(5, 6, 7))
     (row,) = rows({"input_ids": [5, 6], "labels": [-100, 6]})
     assert sample(row, shape).labels == (-100, 6)
+    for name in ("assistant_masks", "completion_mask", "loss_mask"):
+        (row,) = rows({"input_ids": [5, 6], name: [0, 1]})
+        assert sample(row, shape_of(row)).labels == (-100, 6)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +240,19 @@ def test_rows_that_were_tokenised_before() -> None:
         ({"messages": turns(("assistant", "Hello"), weight=0.5)}, "turn 1: weight is 0.5"),
         ({"input_ids": [1, 2], "labels": [1]}, "2 input_ids go with 1 labels"),
         ({"input_ids": [1, 2], "labels": [2, 2]}, "2 input_ids go with 2 labels"),
+        ({"input_ids": [1, 2], "loss_mask": [1]}, "2 input_ids go with 1 labels"),
+        ({"input_ids": [1, 2], "loss_mask": [1, 1, 1]}, "2 input_ids go with 3 labels"),
+        ({"input_ids": []}, r"'input_ids' holds \[\] where a list of whole numbers"),
+        ({"question": " ", "answer": "a"}, "'question' is empty, and its answer answers nothing"),
+        ({"instruction": "", "input": None, "output": "a"}, "'instruction' is empty"),
+        ({"messages": [{"role": "user", "text": "Hi"}]}, "turn 1: .*has no content; it has: role"),
+        ({"messages": turns(("system", None), ("ai", "a"))}, "turn 1: this turn of the system has"),
+        ({"messages": turns(("ai", "a")), "images": ["a.png"]}, "'images' holds"),
+        ({"messages": turns(("ai", "a"), audio={"id": 1})}, "turn 1: 'audio' holds"),
+        ({"messages": turns(("ai", "a")), "tools": '[{"n": NaN}]'}, ".*is not JSON: NaN is not"),
+        ({"messages": turns(("ai", "a")), "tools": '[{"n": 1, "n": 2}]'}, ".*'n' stands twice"),
+        ({"messages": turns(("ai", "a")), "tools": "[" * 99_999}, ".*is not JSON: nested too deep"),
+        ({"messages": turns(("ai", "a")), "tools": DEEP}, "a tool or its call is nested too deep"),
         ({"input_ids": "1 2"}, "'input_ids' holds '1 2' where a list of whole numbers"),
         ({"messages": turns(("user", "Hello"), loss_weight=1)}, "turn 1: loss_weight is 1"),
         (

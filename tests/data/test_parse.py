@@ -105,6 +105,13 @@ def test_csv_records_know_the_line_on_which_they_begin(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_csv_whose_columns_have_another_mark_between(tmp_path: Path, mark: str) -> None:
+    content = f'\ufeff\na{mark}b\n1,5{mark}"{mark}"\n'
+    assert read(write(tmp_path, "a.csv", content)) == [({"a": "1,5", "b": mark}, "a.csv:3")]
+    assert read(write(tmp_path, "b.csv", "a;b,c\n1,2\n"))[0][0] == {"a;b": "1", "c": "2"}
+
+
 def test_the_csv_limit_of_others_is_left_alone(tmp_path: Path) -> None:
     path = write(tmp_path, "a.csv", f't\n{"x" * 200_000}\n2\n"3')
     before = csv.field_size_limit()

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.data.read import Faults, Source, locate, read_rows
+from lorafit.data.read import HELD_OUT, Faults, Source, locate, read_rows
 from lorafit.errors import DataError
 
 
@@ -88,7 +89,7 @@ def test_a_folder_is_read_by_split_or_whole(tmp_path: Path) -> None:
         "train-00001.jsonl:1",
     ]
     assert [row.source for row in read_rows(tmp_path, split="test")] == ["test.jsonl:1"]
-    with pytest.raises(DataError, match=r"no data file for the split 'dev'.\nIt holds: test.jsonl"):
+    with pytest.raises(DataError, match=r"no data file for the split 'dev'.\nIt holds: categories"):
         read_rows(tmp_path, split="dev")
 
 
@@ -118,6 +119,10 @@ def test_packed_files_of_a_folder_count_as_what_they_hold(tmp_path: Path) -> Non
         (["train/one.jsonl", "train/two.jsonl", "dev/one.jsonl"], "train", ["one", "two"]),
         (["text/a.jsonl", "empty/README.md"], "train", ["a"]),
         (["a.jsonl", "old/train.jsonl"], "train", ["a"]),
+        (["my_train.jsonl", "my-val.jsonl"], "train", ["my_train"]),
+        (["my_train.jsonl", "my-val.jsonl"], "validation", ["my-val"]),
+        (["val.jsonl", "validation.jsonl"], "validation", ["validation"]),
+        (["a.jsonl", "a_test.jsonl"], "train", "split 'train'.\nIt holds: a.jsonl, a_test.jsonl"),
         (["en/train.jsonl", "fr/train.jsonl"], "train", "several folders of data: en/train"),
         (["en/a.jsonl", "fr/a.jsonl"], "train", "several folders of data: en/a"),
         (["data/train-1.jsonl"], "dev", "split 'dev'.\nIt holds: data/train-1.jsonl"),
@@ -324,14 +329,48 @@ def test_a_hub_name_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load(name: str, **options: object) -> list[dict[str, str]]:
-        asked.append((name, options["split"]))
-        return [{"text": "one"}]
+    def load(name: str, configuration: str | None, **options: object) -> object:
+        asked.append((name, configuration, options.get("split")))
+        return [{"text": "one"}] if "split" in options else {"test": [{"text": "two"}]}
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert [row.source for row in read_rows("owner/na.me", split="test")] == ["owner/na.me:row 1"]
     assert read_rows("gsm8k")[0].fields == {"text": "one"}
-    assert asked == [("owner/na.me", "test"), ("gsm8k", "train")]
+    assert read_rows("gsm8k:main", split="train[:9%]")[0].fields == {"text": "one"}
+    held = locate("gsm8k", split=HELD_OUT).rows(Faults())
+    assert [row.fields for row in held] == [{"text": "two"}]
+    assert asked == [
+        ("owner/na.me", None, "test"),
+        ("gsm8k", None, "train"),
+        ("gsm8k", "main", "train[:9%]"),
+        ("gsm8k", None, None),
+    ]
+
+
+def test_what_the_hub_gave_before_is_read_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    data = datasets.Dataset.from_list([{"t": 1}, {"t": 2}])
+    kept = tmp_path / "owner___name" / "main" / "0.0.0" / "1234"
+    data.save_to_disk(tmp_path / "made")
+    kept.mkdir(parents=True)
+    (tmp_path / "made/data-00000-of-00001.arrow").rename(kept / "name-test.arrow")
+    about = {
+        "features": data.features.to_dict(),
+        "dataset_name": "name",
+        "config_name": "main",
+        "splits": {"test": {"name": "test", "num_examples": 2, "dataset_name": "name"}},
+    }
+    (kept / "dataset_info.json").write_text(json.dumps(about))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    for name in ("owner/name", "owner/name:main"):
+        assert sources(locate(name, split=HELD_OUT)) == [f"{name}:row {n}" for n in (1, 2)]
+        assert len(sources(locate(name, split="test"))) == 2
+    with pytest.raises(DataError, match=r"owner/name:other: neither a file .* nor .*: ") as raised:
+        sources(locate("owner/name:other"))
+    assert "['main']" in raised.value.what
 
 
 def test_hub_data_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,7 +378,7 @@ def test_hub_data_is_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked = []
 
-    def load(name: str, **_: object) -> datasets.Dataset:
+    def load(name: str, *_: object, **__: object) -> datasets.Dataset:
         asked.append(name)
         return datasets.Dataset.from_list([{"t": 1}])
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lorafit.data import sandbox
-from lorafit.data.formats import Message, Sample, sample, shape_of
+from lorafit.data.formats import Message, Sample, sample
 from lorafit.data.read import read_rows
+from lorafit.data.shapes import shape_of
 from lorafit.data.template import (
     Encoded,
     Encoder,
@@ -174,6 +175,54 @@ def test_generated_conversations(
                 supervised = decode(tokenizer, encoded.ids[start:end])
                 assert whole.endswith(normalize("NFC", answer) + decode(tokenizer, [stop]))
                 assert supervised == normalize("NFC", answer) + decode(tokenizer, [stop])
+
+
+names = st.sampled_from(["f", "get_weather", "a.b", "<|im_end|>", '"', "é中"])
+json_value = st.none() | st.booleans() | st.integers(-9, 9) | text | st.lists(text, max_size=2)
+tool_call = st.fixed_dictionaries(
+    {"name": names, "arguments": st.dictionaries(text, json_value, max_size=2)}
+)
+called = st.tuples(
+    text,
+    text | st.just(""),
+    st.lists(tool_call, min_size=1, max_size=2),
+    st.lists(text, max_size=2),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(called, min_size=1, max_size=2), text.filter(str.strip))
+def test_generated_calls(tokenizers: dict[str, Any], rounds: list[Any], last: str) -> None:
+    """Each call and answer, with its stop token, is supervised behind what generation is fed."""
+    messages, tools = [], {}
+    for question, said, calls, results in rounds:
+        messages += [Message("user", question), Message("assistant", said, calls=tuple(calls))]
+        messages += [Message("tool", result) for result in results]
+        schemas = {call["name"]: {"name": call["name"], "parameters": {}} for call in calls}
+        tools |= {name: {"type": "function", "function": made} for name, made in schemas.items()}
+    messages += [Message("user", "And?"), Message("assistant", last)]
+    what = Sample("a:1", messages=tuple(messages), tools=tuple(tools.values()))
+    for name in ("gpt2", "qwen"):
+        tokenizer = tokenizers[name]
+        try:
+            made = encode_each(tokenizer, what)
+        except DataError as error:
+            assert error.what.startswith("a:1: ")  # noqa: PT017
+            continue
+        stop = encoder_of(tokenizer).stops[0]
+        found = [(encoded, span) for encoded in made for span in spans(encoded)]
+        turns = [n for n, message in enumerate(messages) if message.is_answer]
+        assert len(found) == len(turns)
+        for (encoded, (start, end)), turn in zip(found, turns, strict=True):
+            fed = prompt_ids(tokenizer, messages[:turn], is_chat=True, tools=what.tools)
+            # later ones follow answers as they are generated, which may be tokenised apart
+            assert encoded.ids[:start] == fed or (start, end) != spans(encoded)[0]
+            assert encoded.ids[end - 1] == stop
+            learned = decode(tokenizer, encoded.ids[start:end])
+            assert normalize("NFC", messages[turn].content.strip()) in learned
+            assert all(
+                call["name"] in learned or '"' in call["name"] for call in messages[turn].calls
+            )
 
 
 @settings(max_examples=100, deadline=None)
@@ -354,6 +403,7 @@ def test_what_cannot_be_written_is_told_and_the_others_are_made(
     [
         ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "1 s"),
         ("{{ ('x' * 3000000000) | length }}", "memory"),
+        ("{% for i in range(99999) %}{{ 'xx' }}{% endfor %}", "wrote far more"),
     ],
 )
 def test_a_template_that_never_ends_is_refused(
@@ -405,6 +455,8 @@ def test_stop_ids(shared: Path, tokenizers: dict[str, Any]) -> None:
             ModelError,
             "does not end an answer with a special token",
         ),
+        ("{{ m", ModelError, "cannot write a question and its answer: unexpected end"),
+        ("{{ raise_exception('never') }}", ModelError, "cannot write a question .*: never"),
         (
             "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('one turn') }}"
             "{% endif %}{{ m.content + eos_token }}{% endfor %}",

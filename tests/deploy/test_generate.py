@@ -12,7 +12,7 @@ from lorafit.arguments import ModelArguments
 from lorafit.deploy import generate as deploy
 from lorafit.deploy.generate import Answer, Sampling, generate
 from lorafit.errors import UsageError
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, tokens
 
 ONCE = "Once upon a time"
 PROMPTS = [ONCE, "Lily", "One day, a little girl named Lily found a needle in her", "The"]
@@ -30,7 +30,7 @@ def model(stories: str) -> Any:
 
 @pytest.fixture
 def tokenizer(stories: str) -> Any:
-    return base.load_tokenizer(stories)
+    return tokens.load_tokenizer(stories)
 
 
 def ask(model: Any, tokenizer: Any, prompts: list[str], **changes: Any) -> list[Answer]:

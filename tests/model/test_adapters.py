@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, tokens
 
 IDS = torch.arange(3, 27).view(2, 12)
 LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -227,7 +227,7 @@ def test_what_the_user_unfroze_is_saved_and_loaded(stories: str, tmp_path: Path)
 
 
 def test_tokenizer_contract_and_card(stories: str, tmp_path: Path) -> None:
-    tokenizer = base.load_tokenizer(stories)
+    tokenizer = tokens.load_tokenizer(stories)
     tokenizer.chat_template = "{{ messages[0].content }}"
     contract = {"base": {"name": stories}, "note": "ça va"}
     adapters.save_adapter(

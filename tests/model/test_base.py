@@ -26,7 +26,7 @@ from transformers import (
 
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, tokens
 
 SMALL = {
     "vocab_size": 96,
@@ -120,7 +120,7 @@ def test_loading_is_quiet_and_leaves_verbosity_alone(stories: Path, capfd) -> No
 
     before = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     base.load_model(ModelArguments(model=str(stories)))
-    base.load_tokenizer(str(stories))
+    tokens.load_tokenizer(str(stories))
     assert capfd.readouterr() == ("", "")
     assert (theirs.get_verbosity(), theirs.is_progress_bar_enabled()) == before
     assert before[0] < logging.CRITICAL
@@ -212,7 +212,7 @@ def test_a_hub_name_while_offline() -> None:
     assert "hf download nobody-at-all/no-such-model" in said
     assert "or give a folder" in said
     with pytest.raises(ModelError, match="no tokenizer of that name"):
-        base.load_tokenizer("nobody-at-all/no-such-model")
+        tokens.load_tokenizer("nobody-at-all/no-such-model")
 
 
 # ---- identity ----------------------------------------------------------------------------------

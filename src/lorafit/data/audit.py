@@ -13,8 +13,8 @@ import numpy as np
 
 from lorafit.data.cache import Chosen, Stored
 from lorafit.data.sets import Read, Sets
+from lorafit.data.shapes import IGNORE
 from lorafit.data.template import Tokenizer
-from lorafit.kernels.cross_entropy import IGNORE
 
 _BINS, _SHOWN, _NAMED = 24, 400, 5
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -160,11 +160,14 @@ def _lengths(lengths: np.ndarray) -> Lengths:
 def _without_stop(stored: Stored, stops: Sequence[int]) -> np.ndarray:
     """For each example, its learned stretches that end without a stop token."""
     ids, learned, ends = stored.tokens
-    following = np.append(learned[1:], 0)
-    following[ends - 1] = 0
-    silent = (learned == 1) & (following == 0) & ~np.isin(ids, stops)
     starts = np.concatenate(([0], ends[:-1]))
-    return np.add.reduceat(silent, starts, dtype=np.int64)
+    found = np.empty(len(stored), np.int64)
+    for some, part in stored.blocks():
+        following = np.append(learned[part][1:], 0)
+        following[ends[some] - 1 - part.start] = 0
+        silent = (learned[part] == 1) & (following == 0) & ~np.isin(ids[part], stops)
+        found[some] = np.add.reduceat(silent, starts[some] - part.start, dtype=np.int64)
+    return found
 
 
 def _padding(lengths: np.ndarray, batch_size: int) -> float:
@@ -235,6 +238,8 @@ def _remarks(sets: Sets, train: Side, *, same_prompt: int) -> list[str]:
         "rows were dropped for their length": sum(one.report.dropped for one in sets.reads),
     }
     remarks = [f"{count:,} {what}" for what, count in counted.items() if count > 0]
+    if unread := list(dict.fromkeys(name for one in sets.reads for name in one.unread)):
+        remarks.append(f"not read, nor learned: {', '.join(unread)}")
     return [
         *remarks, f"padded batches would be {train.padding:.0%} padding", *sets.notes,
     ]  # fmt: skip

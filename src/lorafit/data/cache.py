@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from lorafit.data.examples import Example
+from lorafit.data.shapes import IGNORE
 from lorafit.errors import DataError
-from lorafit.kernels.cross_entropy import IGNORE
 
 _ABOUT, _SOURCES = "about.json", "sources.txt"
 _TYPES = {"ids": "i4", "learned": "u1", "ends": "i8", "rows": "i4", "wholes": "u8", "prompts": "u8"}
+_BLOCK = 50_000
 _KEPT = 4
 """Versions kept of each data set; the oldest goes."""
 
@@ -68,8 +69,19 @@ class Stored(Sequence[dict[str, list[int]]]):
     def supervised(self) -> np.ndarray:
         """Tokens of each example that carry loss; the first never does."""
         starts = np.concatenate(([0], self.ends[:-1]))
-        totals = np.add.reduceat(self._learned, starts, dtype=np.int64)
+        totals = np.empty(len(self), np.int64)
+        for some, part in self.blocks():
+            first = starts[some] - part.start
+            totals[some] = np.add.reduceat(self._learned[part], first, dtype=np.int64)
         return totals - self._learned[starts]
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Examples, and where their tokens lie, some at a time: counting them all in one go took
+        a gigabyte for a million."""
+        for first in range(0, len(self), _BLOCK):
+            last = min(first + _BLOCK, len(self))
+            start = int(self.ends[first - 1]) if first else 0
+            yield slice(first, last), slice(start, int(self.ends[last - 1]))
 
     def sources(self) -> list[str]:
         """The file and line of each example's row."""
@@ -116,17 +128,17 @@ def store(folder: Path, examples: Iterable[Example], *, about: Callable[[], Any]
         ):
             last, row, end = "", -1, 0
             for example in examples:
-                marks = [label != IGNORE for label in example.labels]
+                marks = np.array(example.labels) != IGNORE
                 tokens = array("i", example.ids).tobytes()
                 ids.write(tokens)
-                learned.write(bytes(marks))
+                learned.write(marks.tobytes())
                 sources.write(example.source if row < 0 else f"\n{example.source}")
                 row += example.source != last or row < 0
                 last, end = example.source, end + len(marks)
                 columns["ends"].append(end)
                 columns["rows"].append(row)
                 columns["wholes"].append(_hash(tokens))
-                columns["prompts"].append(_hash(tokens[: 4 * [*marks, True].index(True)]))
+                columns["prompts"].append(_hash(tokens[: 4 * _first(marks)]))
         for name, values in columns.items():
             (partial / f"{name}.{_TYPES[name]}").write_bytes(values.tobytes())
         sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
@@ -140,6 +152,10 @@ def store(folder: Path, examples: Iterable[Example], *, about: Callable[[], Any]
 
 
 _CODES = {"ends": "q", "rows": "i", "wholes": "Q", "prompts": "Q"}
+
+
+def _first(marks: np.ndarray) -> int:
+    return int(marks.argmax()) if marks.any() else len(marks)
 
 
 def _hash(data: bytes) -> int:

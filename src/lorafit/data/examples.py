@@ -13,9 +13,9 @@ from typing import Literal
 
 from lorafit.data.formats import Sample
 from lorafit.data.parse import Faults
+from lorafit.data.shapes import IGNORE
 from lorafit.data.template import Encoded, Encoder
 from lorafit.errors import ConfigError, DataError
-from lorafit.kernels.cross_entropy import IGNORE
 
 Truncation = Literal["cut_tail", "cut_prompt", "drop", "error"]
 
@@ -41,7 +41,8 @@ class Example:
     @property
     def supervised(self) -> int:
         """Tokens that carry loss; the first never does, as nothing comes before it."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        later = self.labels[1:]
+        return len(later) - later.count(IGNORE)
 
 
 @dataclass
@@ -113,16 +114,17 @@ def build(
             example = _fitted(encoded, policy=policy, bos=bos, faults=faults, report=report)
             if example is None:
                 continue
-            if not example.supervised and not faults.skip:
+            supervised = example.supervised
+            if not supervised and not faults.skip:
                 silent.append(example.source)
                 continue
-            if not example.supervised:
+            if not supervised:
                 faults.found(DataError(f"{example.source}: no token of this row is supervised."))
                 continue
             report.double_begin += bos is not None and example.ids[:2] == [bos, bos]
             report.examples += 1
             report.tokens += len(example.ids)
-            report.supervised += example.supervised
+            report.supervised += supervised
             yield example
     report.unrolled = encoder.unrolled
     _check_heard(report, silent)
@@ -227,8 +229,10 @@ def held_out(count: int, *, share: float, seed: int) -> list[int]:
         )
     if count < 2:
         raise DataError(
-            f"{count} rows cannot be split into training and evaluation.",
-            fix="Give at least 2 rows, or evaluation data of its own.",
+            f"{count} {'row' if count == 1 else 'rows'} cannot be split into training and "
+            "evaluation.",
+            fix="Give at least 2 rows, evaluation data of its own, or hold nothing back: "
+            "--eval-share 0 --eval-strategy no",
         )
     kept = min(max(1, round(count * share)), _MOST_EVALUATION_ROWS, count - 1)
     return sorted(random.Random(seed).sample(range(count), kept))

@@ -1,37 +1,33 @@
-"""Which shape the rows have, and each row as a sample: a conversation, a prompt and its
-completion, plain text, or token ids.
+"""A row of a known shape -> a sample: a conversation, a prompt and its completion, plain text, or
+token ids.
 
-Owns the fields that people give their rows. Knows neither files nor tokenizers: `read` gives it
-rows, `template` makes token ids of its samples. What it does not understand in full it refuses by
-name rather than leaving it out.
+Owns what the fields of a row may hold. Knows neither files nor tokenizers: `shapes` says which
+fields there are, `template` makes token ids of samples. What it does not understand in full it
+refuses by name rather than leaving it out.
 """
 
-import json
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+from lorafit.data.parse import value_of
 from lorafit.data.read import Row
-from lorafit.errors import DataError, nearest
-from lorafit.kernels.cross_entropy import IGNORE
+from lorafit.data.shapes import IGNORE, MASKS, THINKING, WEIGHTS, Shape, check, check_raw, refuse
 
-Kind = Literal[
-    "messages", "conversations", "instruction", "question", "completion", "text", "tokens"
-]
 Role = Literal["system", "user", "assistant", "tool"]
 
+_CALLS = ("function_call", "tool_call")
 _ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("system", "developer"), "system"),
     **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "function_call"), "assistant"),
-    **dict.fromkeys(("tool", "observation", "function", "function_response"), "tool"),
+    **dict.fromkeys(("assistant", "gpt", "model", "chatgpt", "bot", "ai", *_CALLS), "assistant"),
+    **dict.fromkeys(
+        ("tool", "observation", "function", "function_response", "tool_response"), "tool"
+    ),
 }
-_WEIGHTS = ("weight", "loss_weight", "train")
-_SHAPES_READ = (
-    "Rows may have: messages; conversations; instruction, input and output; question and answer; "
-    "prompt and completion; text; or input_ids and labels. Other names: --prompt-field NAME "
-    "--answer-field NAME."
-)
+_UNREADABLE = ("image", "images", "video", "videos", "audio", "audios")
+_DEEPEST = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,99 +88,6 @@ class Sample:
     labels: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The shape of a data set's rows.
-
-    Attributes:
-        kind: Which of the seven.
-        fields: The fields that every row must have, the answer last.
-        source: The row that it was found in.
-    """
-
-    kind: Kind
-    fields: tuple[str, ...]
-    source: str = ""
-
-    @property
-    def is_chat(self) -> bool:
-        """Whether samples of this shape are conversations, written by the chat template."""
-        return self.kind not in ("completion", "text", "tokens")
-
-    def __str__(self) -> str:
-        return " -> ".join(self.fields)
-
-
-_SHAPES = (
-    Shape("messages", ("messages",)),
-    Shape("conversations", ("conversations",)),
-    Shape("instruction", ("instruction", "output")),
-    Shape("instruction", ("instruction", "response")),
-    Shape("question", ("question", "answer")),
-    Shape("completion", ("prompt", "completion")),
-    Shape("question", ("prompt", "response")),
-    Shape("question", ("query", "response")),
-    Shape("question", ("question", "response")),
-    Shape("question", ("input", "output")),
-    Shape("tokens", ("input_ids",)),
-    Shape("text", ("text",)),
-)
-
-
-def shape_of(
-    row: Row, *, wanted: str = "auto", prompt_field: str = "", answer_field: str = ""
-) -> Shape:
-    """The shape of a data set, found in its first row.
-
-    Args:
-        wanted: A kind of shape that it must have; "auto" for the first that fits.
-        prompt_field: The field that holds the question, under the user's own name.
-        answer_field: The field that holds the answer, likewise; either alone is enough where the
-            other is called `question` or `answer`.
-
-    Raises:
-        DataError: the row has no known shape, or lacks a field of the wanted one.
-    """
-    if prompt_field or answer_field:
-        shapes = [Shape("question", (prompt_field or "question", answer_field or "answer"))]
-    else:
-        shapes = [shape for shape in _SHAPES if wanted in ("auto", shape.kind)]
-    fitting = [shape for shape in shapes if not _missing(row, shape)]
-    if not fitting and len(shapes) == 1:
-        check(row, shapes[0])
-    if not fitting:
-        _refuse(
-            row.source,
-            f"the shape of this row is not known; it has: {', '.join(row.fields) or 'nothing'}.",
-            why="Which part is the answer to be learned cannot be told.",
-        )
-    return Shape(fitting[0].kind, fitting[0].fields, row.source)
-
-
-def check(row: Row, shape: Shape) -> None:
-    """Nothing, if `row` has the fields of `shape`.
-
-    Raises:
-        DataError: it lacks one.
-    """
-    missing = _missing(row, shape)
-    if not missing:
-        return
-    here = list(row.fields)
-    _refuse(
-        row.source,
-        f"this row has no {' and no '.join(map(repr, missing))}; it has: "
-        f"{', '.join(here) or 'nothing'}.{nearest(missing[0], here)}",
-        why=f"The rows are read as {shape}"
-        + (f", the shape of {shape.source}." if shape.source not in ("", row.source) else "."),
-        fix="All rows of a data set have one shape. " + _SHAPES_READ,
-    )
-
-
-def _missing(row: Row, shape: Shape) -> list[str]:
-    return [name for name in shape.fields if row.fields.get(name) is None]
-
-
 def sample(row: Row, shape: Shape) -> Sample:
     """The row as a sample.
 
@@ -201,11 +104,13 @@ def sample(row: Row, shape: Shape) -> Sample:
     fields, place = row.fields, row.source
     first, last = fields[shape.fields[0]], fields[shape.fields[-1]]
     if shape.kind == "tokens":
-        return _tokens(fields, place)
+        return _tokens(fields, first, place=place)
     if shape.kind in ("messages", "conversations"):
         return _chat(row, _turns(first, place))
-    if shape.kind == "completion" and not isinstance(last, str) and isinstance(first, list):
-        asked, answered = _turns(first, place), _turns(last, place)
+    if shape.kind == "completion":
+        check_raw(row, shape)
+    if shape.has_turns:
+        asked, answered = _side(first, "user", place=place), _side(last, "assistant", place=place)
         return _chat(row, (*(_asked(turn) for turn in asked), *answered))
     answer = _answer(last, shape.fields[-1], place=place)
     if shape.kind == "text":
@@ -213,18 +118,35 @@ def sample(row: Row, shape: Shape) -> Sample:
     prompt = _text(first, shape.fields[0], place=place)
     if shape.kind == "completion":
         return Sample(place, prompt=prompt, completion=answer)
-    if shape.kind == "instruction":
-        extra = "input" if fields.get("input") is not None else "context"
-        prompt = "\n\n".join(filter(None, (prompt, _text(fields.get(extra), extra, place=place))))
-    asked, answered = Message("user", prompt), Message("assistant", answer)
-    return _chat(row, (*_history(fields.get("history"), place), asked, answered))
+    extra = next((name for name in ("input", "context") if fields.get(name)), "")
+    if extra in shape.extras:
+        prompt = "\n\n".join(filter(None, (prompt, _text(fields[extra], extra, place=place))))
+    if not prompt.strip():
+        refuse(
+            place,
+            f"{shape.fields[0]!r} is empty, and its answer answers nothing.",
+            why="The model would learn to say it whatever it is asked.",
+            fix="Fill it in, or leave such rows out: --skip-bad-rows. Text without a question: "
+            f"--shape text --answer-field {shlex.quote(shape.fields[-1])}",
+        )
+    turns = Message("user", prompt), Message("assistant", answer)
+    return _chat(row, (*_history(fields.get("history"), place), *turns))
+
+
+def _side(value: Any, role: Role, *, place: str) -> tuple[Message, ...]:
+    """A prompt or completion among turns: turns, one turn, or what the user or assistant says."""
+    if isinstance(value, str):
+        value = {"role": role, "content": value}
+    return _turns([value] if isinstance(value, Mapping) else value, place)
 
 
 def _chat(row: Row, turns: Sequence[Message]) -> Sample:
-    system = _text(row.fields.get("system"), "system", place=row.source)
+    _check_readable(row.fields, row.source)
+    name = "system" if row.fields.get("system") else "system_prompt"
+    system = _text(row.fields.get(name), name, place=row.source)
     messages = (*([Message("system", system)] if system else []), *turns)
     if not any(message.is_answer and message.learned for message in messages):
-        _refuse(
+        refuse(
             row.source,
             "this conversation has no answer to learn: none of its turns is the assistant's, or "
             "all have weight 0.",
@@ -235,37 +157,58 @@ def _chat(row: Row, turns: Sequence[Message]) -> Sample:
     return Sample(row.source, messages=messages, tools=_tools(tools, row.source))
 
 
+def _check_readable(fields: Mapping[str, Any], place: str) -> None:
+    if name := next((name for name in _UNREADABLE if fields.get(name)), ""):
+        refuse(
+            place,
+            f"{name!r} holds {fields[name]!r:.60}, and only text is learned.",
+            why="The model would learn to answer about what it was never shown.",
+            fix="Remove the field where the answers do not depend on it, or the row.",
+        )
+
+
 def _turns(turns: Any, place: str) -> tuple[Message, ...]:
+    if isinstance(turns, str) and turns.lstrip().startswith("["):  # csv has no other way
+        turns = value_of(turns, place)
     if not isinstance(turns, list | tuple):
-        _refuse(place, f"a conversation must be a list of turns, not {turns!r:.40}.")
+        refuse(place, f"a conversation must be a list of turns, not {turns!r:.40}.")
     return tuple(_message(turn, f"{place}: turn {n}") for n, turn in enumerate(turns, 1))
 
 
 def _message(turn: Any, place: str) -> Message:
     if not isinstance(turn, Mapping):
-        _refuse(place, f"a turn must be an object with a role and its text, not {turn!r:.40}.")
+        refuse(place, f"a turn must be an object with a role and its text, not {turn!r:.40}.")
     name = turn.get("role", turn.get("from"))
-    role = _ROLES.get(name) if isinstance(name, str) else None
+    role = _ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        _refuse(
+        refuse(
             place,
             f"the role {name!r} is not read.",
             why="A turn left out would change what its answers answer.",
             fix=f"Roles are: {', '.join(_ROLES)}.",
         )
+    _check_readable(turn, place)
     content = turn.get("content", turn.get("value"))
+    if content is None and role in ("system", "user"):
+        refuse(
+            place,
+            f"this turn of the {role} has no content; it has: {', '.join(turn)}.",
+            why="What is answered there would be left out.",
+            fix='Write {"role": "user", "content": "..."}, or remove the turn.',
+        )
     calls = turn.get("tool_calls") or [turn[key] for key in ("function_call",) if turn.get(key)]
-    if name == "function_call":
+    if name in _CALLS:
         content, calls = None, _parsed(content, place)
         calls = calls if isinstance(calls, list) else [calls]
     learned = _learned(turn, role, place=place)
+    thinking = next((name for name in THINKING if turn.get(name)), THINKING[0])
     called = tuple(_call(call, place) for call in calls)
     needs_words = role == "assistant" and learned and not called
     return Message(
         role,
         (_answer if needs_words else _text)(content, "content", place=place),
         calls=called,
-        thinking=_text(turn.get("reasoning_content"), "reasoning_content", place=place),
+        thinking=_text(turn.get(thinking), thinking, place=place),
         name=str(turn.get("name") or ""),
         learned=learned,
     )
@@ -273,11 +216,11 @@ def _message(turn: Any, place: str) -> Message:
 
 def _learned(turn: Mapping[str, Any], role: Role, *, place: str) -> bool:
     """Whether the turn's weight, if it has one, lets an answer be learned."""
-    name = next((name for name in _WEIGHTS if turn.get(name) is not None), None)
+    name = next((name for name in WEIGHTS if turn.get(name) is not None), None)
     if name is None:
         return True
     if turn[name] not in (0, 1) or (turn[name] and role != "assistant"):
-        _refuse(
+        refuse(
             place,
             f"{name} is {turn[name]!r} on a turn of the {role}.",
             why="An answer is learned (1) or not (0), and only answers are.",
@@ -295,61 +238,72 @@ def _call(call: Any, place: str) -> Mapping[str, Any]:
     """A call as {"name", "arguments"}; OpenAI's arguments are a text that holds JSON."""
     inner = call.get("function", call) if isinstance(call, Mapping) else call
     if not isinstance(inner, Mapping) or not isinstance(inner.get("name"), str):
-        _refuse(
+        refuse(
             place,
             f"a call of a tool must have a name and arguments, not {call!r:.60}.",
             fix='Write {"name": "search", "arguments": {"query": "..."}}.',
         )
-    arguments = inner.get("arguments")
-    parsed = _parsed(arguments, place) if isinstance(arguments, str) else arguments
-    return {"name": inner["name"], "arguments": {} if parsed is None else parsed}
+    arguments = inner.get("arguments", inner.get("parameters"))
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        arguments = {}
+    return {"name": inner["name"], "arguments": _parsed(arguments, place)}
 
 
 def _tools(tools: Any, place: str) -> tuple[Mapping[str, Any], ...]:
-    listed = _parsed(tools, place) if isinstance(tools, str) else tools
+    listed = _parsed(tools, place)
     if not isinstance(listed, list | tuple) or not all(isinstance(t, Mapping) for t in listed):
-        _refuse(place, f"'tools' must be a list of JSON schemas, not {tools!r:.60}.")
+        refuse(place, f"'tools' must be a list of JSON schemas, not {tools!r:.60}.")
     made = tuple(t if "function" in t else {"type": "function", "function": t} for t in listed)
     inner = [tool["function"] for tool in made]
     nameless = [t for t in inner if not (isinstance(t, Mapping) and isinstance(t.get("name"), str))]
     if nameless:
-        _refuse(place, f"a tool has no name: {nameless[0]!r:.60}.")
+        refuse(place, f"a tool has no name: {nameless[0]!r:.60}.")
     return made
 
 
-def _parsed(text: Any, place: str) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{place}: {text!r:.60} is not JSON: {error}",
-            why="Tools and their calls are written as JSON.",
-            fix="Correct it, or remove the row.",
-        ) from error
+def _parsed(value: Any, place: str) -> Any:
+    value = value_of(value, place) if isinstance(value, str) else value
+    inside, depth = [value], 0
+    while inside := [
+        part
+        for outer in inside
+        if isinstance(outer, Mapping | list | tuple)
+        for part in (outer.values() if isinstance(outer, Mapping) else outer)
+    ]:
+        depth += 1
+        if depth > _DEEPEST:
+            refuse(place, "a tool or its call is nested too deep.", fix="Remove the row.")
+    return value
 
 
 def _history(pairs: Any, place: str) -> tuple[Message, ...]:
     turns: list[Message] = []
-    for pair in pairs or ():
+    for pair in _parsed(pairs or [], place):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            _refuse(place, f"'history' must hold pairs of question and answer, not {pair!r:.60}.")
+            refuse(place, f"'history' must hold pairs of question and answer, not {pair!r:.60}.")
         turns.append(Message("user", _text(pair[0], "history", place=place)))
         turns.append(Message("assistant", _answer(pair[1], "history", place=place)))
     return tuple(turns)
 
 
-def _tokens(fields: Mapping[str, Any], place: str) -> Sample:
-    """Ids as they stand, but for what the attention mask hides; without labels all are learned."""
-    ids = _numbers(fields["input_ids"], "input_ids", place=place)
+def _tokens(fields: Mapping[str, Any], given: Any, *, place: str) -> Sample:
+    """Ids as they stand, but for what the attention mask hides; learned are those of the labels or
+    of a mask that says so, without either all."""
+    ids = _numbers(given, "input_ids", place=place)
     count = len(ids)
     labels, mask = ids, (1,) * count
+    chosen = next((name for name in MASKS if fields.get(name) is not None), "")
     if fields.get("labels") is not None:
         labels = _numbers(fields["labels"], "labels", place=place)
+    elif chosen:
+        kept = _numbers(fields[chosen], chosen, place=place)
+        labels = tuple(x if y else IGNORE for x, y in zip(ids, kept, strict=False))
+        labels += (IGNORE,) * (len(kept) - count)
     if fields.get("attention_mask") is not None:
         mask = _numbers(fields["attention_mask"], "attention_mask", place=place)
     pairs = zip(ids, labels, strict=False)
     if not len(labels) == len(mask) == count or any(y not in (IGNORE, x) for x, y in pairs):
-        _refuse(
+        refuse(
             place,
             f"{count} input_ids go with {len(labels)} labels and a mask of {len(mask)}, or a "
             "label is neither its token nor -100.",
@@ -361,8 +315,8 @@ def _tokens(fields: Mapping[str, Any], place: str) -> Sample:
 
 
 def _numbers(value: Any, name: str, *, place: str) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple) or not all(type(part) is int for part in value):
-        _refuse(place, f"{name!r} holds {value!r:.60} where a list of whole numbers is expected.")
+    if not isinstance(value, list | tuple) or not all(type(part) is int for part in value or [""]):
+        refuse(place, f"{name!r} holds {value!r:.60} where a list of whole numbers is expected.")
     return tuple(value)
 
 
@@ -371,7 +325,7 @@ def _text(value: Any, name: str, *, place: str) -> str:
     if isinstance(value, list | tuple) and all(_is_text_part(part) for part in value):
         return "".join(part.get("text", part.get("value")) for part in value)
     if value is not None and not isinstance(value, str):
-        _refuse(
+        refuse(
             place,
             f"{name!r} holds {value!r:.60} where text is expected.",
             fix="Write it as a string; only text is learned.",
@@ -382,7 +336,7 @@ def _text(value: Any, name: str, *, place: str) -> str:
 def _is_text_part(part: Any) -> bool:
     return (
         isinstance(part, Mapping)
-        and part.get("type") == "text"
+        and part.get("type") in ("text", "input_text", "output_text")
         and isinstance(part.get("text", part.get("value")), str)
     )
 
@@ -390,14 +344,10 @@ def _is_text_part(part: Any) -> bool:
 def _answer(value: Any, name: str, *, place: str) -> str:
     text = _text(value, name, place=place)
     if not text.strip():
-        _refuse(
+        refuse(
             place,
             f"{name!r} is empty, and it is what should be learned.",
             why="A model trained on empty answers learns to say nothing.",
             fix="Fill it in, or remove the row.",
         )
     return text
-
-
-def _refuse(place: str, what: str, *, why: str = "", fix: str = _SHAPES_READ) -> NoReturn:
-    raise DataError(f"{place}: {what}", why=why, fix=fix)

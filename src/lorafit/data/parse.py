@@ -29,8 +29,14 @@ _ZSTD_CHUNK = 1 << 10  # a block of zstd, 4 bytes at the least, may unpack to 12
 _FAULTS_NAMED = 5
 _BOM = b"\xef\xbb\xbf"
 _ICONV = "Convert the text: iconv -f {} -t UTF-8 '{}' > 'utf8-{}'"
-_STRANGERS = (  # how they begin, what they are, what to type
+_RENAME = "Say so in its name: mv '{0}' '{0}%s'"
+_STRANGERS = (  # how they begin, in lower case; what they are; what to type
     ((b"version https://git-lfs",), "a Git LFS pointer, not the data", "Fetch it: git lfs pull"),
+    ((b"\x1f\x8b",), "gzip data", _RENAME % ".gz"),
+    ((b"\x28\xb5\x2f\xfd",), "zstd data", _RENAME % ".zst"),
+    ((b"par1\x15",), "parquet data", _RENAME % ".parquet"),
+    ((b"pk\3\4",), "a zip archive, as .xlsx files are", "Unpack it, or export it as csv."),
+    ((b"bzh91ay", b"\xfd7zxz\0"), "bz2 or xz data", "Unpack it: bunzip2 or unxz"),
     ((b"<!doctype", b"<html"), "an HTML page, as failed downloads leave", "Download it again."),
     ((b"\xff\xfe\0\0",), "UTF-32, not UTF-8", _ICONV.replace("{}", "UTF-32", 1)),
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16, not UTF-8", _ICONV.replace("{}", "UTF-16", 1)),
@@ -112,7 +118,8 @@ def rows_of(path: Path, *, faults: Faults) -> Iterator[Row]:
     elif kind in (".jsonl", ".txt"):
         yield from _lined(path, is_json=kind == ".jsonl", faults=faults)
     elif kind in (".csv", ".tsv"):
-        yield from _csv(path, delimiter="," if kind == ".csv" else "\t", faults=faults)
+        usual = "," if kind == ".csv" else "\t"
+        yield from _csv(path, delimiter=_delimiter(path, usual), faults=faults)
     else:
         raise DataError(
             f"{path}: what this file holds cannot be told from its name.",
@@ -131,7 +138,8 @@ def check_start(start: bytes, path: Path) -> None:
     """
     name = _unpacked_name(path)
     for begins, what, fix in _STRANGERS:
-        if start.lstrip().lower().startswith(begins):
+        is_named_so = fix == _RENAME % path.suffix.lower()
+        if start.lstrip().lower().startswith(begins) and not is_named_so:
             raise DataError(f"{path}:1:1: this is {what}.", fix=fix.format(name, name))
 
 
@@ -230,7 +238,8 @@ def _text(data: bytes, path: Path, *, line: int = 0) -> str:
         raise DataError(
             f"{place}: byte 0x{data[error.start]:02x} is not UTF-8 text.",
             why="The file has another encoding, or was cut off.",
-            fix=_ICONV.format("WINDOWS-1252", *[_unpacked_name(path)] * 2),
+            fix=_ICONV.format("WINDOWS-1252", *[_unpacked_name(path)] * 2)
+            + "\nOr fetch it again, where its end is missing.",
         ) from error
     if (position := text.find("\0")) >= 0:
         raise DataError(
@@ -297,6 +306,23 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)
+
+
+def value_of(text: str, place: str) -> Any:
+    """What `text`, a field or turn that stands at `place`, says as JSON.
+
+    Raises:
+        DataError: it is no JSON, says NaN, or a key twice in one object.
+    """
+    try:
+        return _DECODER.decode(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise DataError(
+            f"{place}: {text!r:.60} is not JSON: {reason}.",
+            why="Tools, their calls, and conversations in a text field are written as JSON.",
+            fix="Correct it, or leave such rows out: --skip-bad-rows.",
+        ) from error
 
 
 def _begins_array(path: Path) -> bool:
@@ -397,6 +423,13 @@ def _csv(path: Path, *, delimiter: str, faults: Faults) -> Iterator[Row]:
             faults.found(fault)
         else:
             yield Row(dict(zip(names, cells, strict=True)), f"{path.name}:{line}")
+
+
+def _delimiter(path: Path, usual: str) -> str:
+    """What parts the columns: `usual`, or what the header has in its place; spreadsheets write a
+    semicolon where the comma is the decimal mark."""
+    header = next((data for _, data in _lines(path) if data.strip()), b"").decode(errors="replace")
+    return next((mark for mark in (usual, *",;\t|") if mark in header), usual)
 
 
 def _records(path: Path, *, delimiter: str) -> Iterator[tuple[int, list[str], DataError | None]]:

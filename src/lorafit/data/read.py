@@ -2,7 +2,7 @@
 
 Owns finding the data; the only door to `datasets`, which is imported when parquet, a folder that
 it saved or a Hub name is read and never before. What a file holds is for `parse`; what the fields
-of a row mean, for `formats`.
+of a row mean, for `shapes` and `formats`.
 """
 
 import atexit
@@ -24,9 +24,17 @@ from lorafit.data import parse
 from lorafit.data.parse import Faults, Row
 from lorafit.errors import DataError, nearest
 
-_SPLITS = ("train", "training", "test", "testing", "valid", "validation", "val", "dev", "eval")
+_SPLITS = (  # names that say the same
+    ("train", "training"),
+    ("test", "testing"),
+    ("valid", "validation", "val", "dev", "eval"),
+)
+_WORDS = tuple(name for names in _SPLITS for name in names)
 _ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
-_HUB_NAME = re.compile(r"[\w-]+|\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"([\w-]+|\w[\w.-]*/\w[\w.-]*)(:[\w.-]+)?")
+HELD_OUT = ("validation", "test", "train")
+"""The splits of evaluation data, where none is named: the first that is there."""
+Splits = str | tuple[str, ...]
 _FIX = "Give a jsonl, json, csv, tsv, txt or parquet file, a folder of one kind, or a Hub name."
 
 
@@ -59,17 +67,18 @@ def read_rows(path: str | Path, *, split: str = "train") -> list[Row]:
     return rows
 
 
-def locate(given: Any, *, split: str = "train") -> Source:
+def locate(given: Any, *, split: Splits = "train") -> Source:
     """The source of rows that `given` means.
 
     Args:
         given: A file of a kind that `parse` reads, or parquet; a folder of such files of one kind,
             in it or one level down; a folder saved by `datasets`; a Hub name ("word" or
-            "owner/name"); "-" for standard input (jsonl, or one JSON array), which is kept in a
-            temporary file; a Dataset, IterableDataset or DatasetDict; a list of dicts.
+            "owner/name", with ":configuration" where it has several); "-" for standard
+            input (jsonl, or one JSON array), which is kept in a temporary file; a Dataset,
+            IterableDataset or DatasetDict; a list of dicts.
         split: The Hub's split, which of a folder's files where these are named after splits
             (train.csv, data/test-00000-of-00002.parquet), or which of a DatasetDict; a single file
-            is read whole.
+            is read whole. Of several the first that is there.
 
     Raises:
         DataError: nothing there, or several things of which one must be chosen.
@@ -98,7 +107,7 @@ def given(rows: Sequence[Mapping[str, Any]], places: Sequence[str], *, label: st
 # Names
 
 
-def _named(name: str, split: str) -> Source:
+def _named(name: str, split: Splits) -> Source:
     place = Path(name)
     try:
         if name == "-" or place.is_file():
@@ -122,8 +131,8 @@ def _named(name: str, split: str) -> Source:
         name,
         load,
         failed=f"{name}: neither a file here nor a data set that the Hub gives",
-        fix=f"Check the name, the split ({split!r}) and the network; or download the files and "
-        "give their folder.",
+        fix=f"Check the name, the split ({_either(split)}) and the network; or download the files "
+        "and give their folder. One of several configurations: owner/name:configuration",
     )
 
 
@@ -178,16 +187,19 @@ def _hash_files(files: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _files(folder: Path, split: str) -> list[Path]:
+def _files(folder: Path, split: Splits) -> list[Path]:
     """The data files in `folder`, or else one level down, that are the split's."""
     inside = sorted(folder.iterdir())
     files = _data_files(folder) or [f for sub in inside if sub.is_dir() for f in _data_files(sub)]
+    inside = files or inside
     if named := [file for file in files if _split_of(file, folder)]:
-        files = [file for file in named if _split_of(file, folder) == split]
-    names = ", ".join(str(file.relative_to(folder)) for file in files or named or inside)
+        by_split = {word: [f for f in named if _split_of(f, folder) == word] for word in _WORDS}
+        wanted = [word for one in _each(split) for word in (one, *_same(one))]
+        files = next((by_split[word] for word in wanted if by_split.get(word)), [])
+    names = ", ".join(str(file.relative_to(folder)) for file in files or inside)
     if not files:
         raise DataError(
-            f"{folder}: this folder holds no data file for the split {split!r}.",
+            f"{folder}: this folder holds no data file for the split {_either(split)}.",
             why=f"It holds: {names or 'nothing'}.",
             fix=_FIX,
         )
@@ -206,6 +218,18 @@ def _files(folder: Path, split: str) -> list[Path]:
     return files
 
 
+def _each(split: Splits) -> tuple[str, ...]:
+    return (split,) if isinstance(split, str) else split
+
+
+def _either(split: Splits) -> str:
+    return " or ".join(map(repr, _each(split)))
+
+
+def _same(split: str) -> tuple[str, ...]:
+    return next((names for names in _SPLITS if split in names), ())
+
+
 def _data_files(folder: Path) -> list[Path]:
     kept = [f for f in folder.iterdir() if parse.kind_of(f) and not f.name.startswith(".")]
     return sorted(file for file in kept if file.name not in _ABOUT and file.is_file())
@@ -214,8 +238,8 @@ def _data_files(folder: Path) -> list[Path]:
 def _split_of(file: Path, folder: Path) -> str:
     """The split after which a file, or else the folder that it is in, is named; "" if none."""
     names = [file.name] if file.parent == folder else [file.name, file.parent.name]
-    words = [re.split(r"[-_.]", name.lower())[0] for name in names]
-    return next((word for word in words if word in _SPLITS), "")
+    words = [word for name in names for word in re.split(r"[-_. ]", name.lower())]
+    return next((word for word in words if word in _WORDS), "")
 
 
 # Objects
@@ -240,11 +264,17 @@ def _hash_rows(rows: Iterable[Row]) -> str:
     return digest.hexdigest()
 
 
-def _chosen(given: Mapping[Any, Any], split: str, *, label: str) -> Any:
-    if split not in given:
-        what = f"{label}: there is no split {split!r}; there are: {', '.join(map(str, given))}."
-        raise DataError(what, fix="Give one of these as the split.")
-    return given[split]
+def _chosen(given: Mapping[Any, Any], split: Splits, *, label: str) -> Any:
+    return given[_there(list(given), split, label=label)]
+
+
+def _there(names: Sequence[Any], split: Splits, *, label: str) -> str:
+    found = [one for one in _each(split) if one in names]
+    if not found:
+        there = ", ".join(map(str, names))
+        what = f"{label}: there is no split {_either(split)}; there are: {there}."
+        raise DataError(what, fix="Give one of these: --split, or --eval-split to evaluate.")
+    return found[0]
 
 
 # The door to `datasets`: half a second to import, and most files never need it
@@ -261,7 +291,8 @@ def _loaded(label: str, load: Callable[[], Any], *, failed: str, fix: str = "") 
         except DataError:
             raise
         except Exception as error:  # no common root: network, gone, no such split, ...
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            # a second line names the configurations that there are
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             raise DataError(f"{failed}: {reason}", fix=fix) from error
 
     def fingerprint() -> str:
@@ -280,11 +311,14 @@ def _is_saved(folder: Path) -> bool:
     return (folder / "dataset_dict.json").is_file() or all((folder / f).is_file() for f in saved)
 
 
-def _load(name: str, split: str) -> Any:
+def _load(name: str, split: Splits) -> Any:
     from datasets import load_dataset, load_from_disk
 
     if not Path(name).is_dir():
-        return load_dataset(name, split=split)
+        hub_name, _, configuration = name.partition(":")
+        if isinstance(split, str):  # datasets' own words for it too, such as train[:10%]
+            return load_dataset(hub_name, configuration or None, split=split)
+        return _chosen(load_dataset(hub_name, configuration or None), split, label=name)
     data = load_from_disk(name)
     return _chosen(data, split, label=name) if isinstance(data, Mapping) else data
 

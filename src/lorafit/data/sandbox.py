@@ -9,11 +9,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
 
-SECONDS, BYTES = 5, 1 << 30
-"""Processor time and address space that rendering may take."""
+SECONDS, BYTES, CHARACTERS, TIMES = 5, 1 << 30, 100_000, 20
+"""Processor time and address space that rendering may take; characters that it may write beside so
+many times those it was given."""
 
 
 class Breach(Exception):
@@ -35,6 +37,8 @@ def try_out(template: str, conversations: Sequence[Mapping[str, Any]]) -> None:
             "conversations": list(conversations),
             "seconds": SECONDS,
             "bytes": BYTES,
+            "characters": CHARACTERS,
+            "times": TIMES,
         }
     )
     try:
@@ -106,8 +110,11 @@ def _main() -> None:
     environment.filters["tojson"] = _as_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: form}
     for conversation in asked["conversations"]:
+        most = asked["characters"] + asked["times"] * len(json.dumps(conversation))
         try:
-            environment.from_string(asked["template"]).render(**conversation)
+            pieces = environment.from_string(asked["template"]).generate(**conversation)
+            if any(written > most for written in accumulate(map(len, pieces))):
+                sys.exit("it wrote far more than the conversation it was given")
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):
             continue  # the row's own affair, told with its line where it is encoded
 

@@ -15,15 +15,16 @@ from typing import cast
 import numpy as np
 
 from lorafit.arguments import DataArguments
-from lorafit.data import cache, examples, formats, read, template
+from lorafit.data import cache, examples, formats, read, shapes, template
 from lorafit.data.cache import Chosen, Stored
 from lorafit.data.examples import Policy, Report, Truncation
 from lorafit.data.parse import Faults, Row
 from lorafit.data.read import Source
+from lorafit.data.shapes import Shape
 from lorafit.data.template import Encoder, Supervise
 from lorafit.errors import ConfigError, DataError
 
-_CODE = ("parse", "read", "formats", "template", "examples", "cache")
+_CODE = ("parse", "read", "shapes", "formats", "tokenizer", "template", "examples", "cache")
 _PACKAGES = ("tokenizers", "transformers", "jinja2")
 
 
@@ -33,7 +34,7 @@ class Read:
 
     source: Source
     stored: Stored
-    shape: formats.Shape
+    shape: Shape
 
     @property
     def report(self) -> Report:
@@ -44,6 +45,11 @@ class Read:
     def skipped(self) -> tuple[int, list[str]]:
         """How many rows were skipped, and what was wrong with the first of them."""
         return self.stored.about["skipped"], self.stored.about["named"]
+
+    @property
+    def unread(self) -> list[str]:
+        """The fields of its first rows that hold something and are not read."""
+        return self.stored.about["unread"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Sets:
     train: Chosen
     evaluation: Chosen | None
     reads: tuple[Read, ...]
-    shape: formats.Shape
+    shape: Shape
     stops: tuple[int, ...]
     notes: tuple[str, ...]
     fingerprint: str
@@ -95,7 +101,7 @@ class Maker:
             "packages": ", ".join(f"{name} {version(name)}" for name in _PACKAGES),
         }
 
-    def read(self, source: Source, *, like: formats.Shape | None = None) -> tuple[Read, str]:
+    def read(self, source: Source, *, like: Shape | None = None) -> tuple[Read, str]:
         """The source's examples, and a line where they had to be made again.
 
         Args:
@@ -105,15 +111,15 @@ class Maker:
             DataError, ModelError: a row or the template cannot be used.
         """
         shape = like or self._shape(source)
-        key = {"the data": source.fingerprint(), **self.key, "the shape": str(shape)}
+        key = {"the data": source.fingerprint(), **self.key, "the shape": f"{shape} {shape.extras}"}
         stored, note = cache.kept(
             source.label, key, make=lambda folder: self._make(source, shape, folder=folder)
         )
         return Read(source, stored, shape), note
 
-    def _shape(self, source: Source) -> formats.Shape:
+    def _shape(self, source: Source) -> Shape:
         first = next(self._rows(source, Faults(skip=self.data.skip_bad_rows)))
-        return formats.shape_of(
+        return shapes.shape_of(
             first,
             wanted=self.data.shape,
             prompt_field=self.data.prompt_field,
@@ -129,8 +135,9 @@ class Maker:
             )
         return chain([first], rows)
 
-    def _make(self, source: Source, shape: formats.Shape, *, folder: Path) -> None:
+    def _make(self, source: Source, shape: Shape, *, folder: Path) -> None:
         faults, report = Faults(skip=self.data.skip_bad_rows), Report()
+        unread: dict[str, None] = {}
         encoder = Encoder(
             self.tokenizer,
             is_chat=shape.is_chat,
@@ -138,11 +145,14 @@ class Maker:
         )
 
         def samples() -> Iterator[formats.Sample]:
-            for row in self._rows(source, faults):
+            for number, row in enumerate(self._rows(source, faults)):
                 try:
                     yield formats.sample(row, shape)
                 except DataError as error:
                     faults.found(error)
+                    continue
+                if number < _LOOKED_AT:
+                    unread.update(dict.fromkeys(shapes.unread(row, shape)))
 
         def counted() -> Iterator[examples.Example]:
             for example in built:
@@ -155,10 +165,13 @@ class Maker:
             counted(),
             about=lambda: {
                 "report": asdict(report), "skipped": faults.count, "named": faults.named,
+                "unread": list(unread),
             },
         )  # fmt: skip
 
 
+_LOOKED_AT = 100
+"""Rows whose fields are looked through for those that are not read."""
 _OF_EXAMPLES = ("shape", "prompt_field", "answer_field", "supervise", "skip_bad_rows")
 
 
@@ -226,7 +239,7 @@ def _weights(written: str | list[str] | None, names: Sequence[str]) -> list[floa
 
 def _held_source(data: DataArguments) -> Source | None:
     if data.eval_data:
-        return read.locate(data.eval_data, split=data.eval_split or data.split)
+        return read.locate(data.eval_data, split=data.eval_split or read.HELD_OUT)
     if data.eval_split:
         return read.locate(data.data, split=data.eval_split)
     return None
@@ -245,17 +258,24 @@ def _divided(
     counts = [int(stored.rows[-1]) + 1 for stored, _ in everything]
     numbers = examples.held_out(sum(counts), share=data.eval_share, seed=seed)
     starts = np.cumsum([0, *counts])
-    chosen = [
-        np.isin(stored.rows + start, numbers)
-        for (stored, _), start in zip(everything, starts, strict=False)
-    ]
-    copied = np.concatenate(
-        [stored.wholes[is_held] for (stored, _), is_held in zip(everything, chosen, strict=True)]
+    rows = np.concatenate(
+        [stored.rows + n for (stored, _), n in zip(everything, starts, strict=False)]
     )
-    held = [
-        is_held | np.isin(stored.wholes, copied)
-        for (stored, _), is_held in zip(everything, chosen, strict=True)
-    ]
+    wholes = np.concatenate([stored.wholes for stored, _ in everything])
+    contents, copies = np.unique(wholes, return_counts=True)
+    # text that is more than the share to hold back (a greeting, a refusal) is learned
+    common = contents[copies > max(len(numbers), copies.min())]
+    held_wholes = np.setdiff1d(wholes[np.isin(rows, numbers)], common)
+    is_held = (np.isin(rows, numbers) & ~np.isin(wholes, common)) | np.isin(wholes, held_wholes)
+    if is_held.all() or not is_held.any():
+        raise DataError(
+            f"{sum(counts):,} rows cannot be split into training and evaluation: {len(contents):,} "
+            "of them are different.",
+            why="Evaluated on copies of what it learned, an adapter always looks good.",
+            fix="Give more rows, evaluation data of its own, or hold nothing back: --eval-share 0 "
+            "--eval-strategy no",
+        )
+    held = np.split(is_held, np.cumsum([len(stored) for stored, _ in everything])[:-1])
     sides = list(zip(everything, held, strict=True))
     train = [(stored, every[~is_held]) for (stored, every), is_held in sides]
     return train, Chosen([(stored, every[is_held]) for (stored, every), is_held in sides])

@@ -2,7 +2,7 @@
 
 Owns where an answer begins and ends, found by rendering a conversation up to each answer and past
 it, never by looking for marker strings or for a padding id. Knows nothing of files, lengths or
-batches. Tokenizers come in from outside; this file names only what it asks of them.
+batches.
 
 The rule at every seam between prompt and answer: **the ids before the answer are exactly those that
 generation will be fed**. Where the tokenizer would merge the prompt's end with the answer's
@@ -16,14 +16,15 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 from jinja2 import TemplateError
 
 from lorafit.data import sandbox
 from lorafit.data.formats import Message, Sample
+from lorafit.data.shapes import IGNORE
+from lorafit.data.tokenizer import Tokenizer, check_ids, decode, eos_of, opened, opening, tokenise
 from lorafit.errors import DataError, ModelError
-from lorafit.kernels.cross_entropy import IGNORE
 
 PLAIN_TEMPLATE = (
     "{% if tools %}### Tools:{% for tool in tools %}{{ '\\n' + (tool | tojson) }}{% endfor %}"
@@ -57,56 +58,6 @@ system's; all of the text."""
 
 _GENERATION_TAG = re.compile(r"{%-?\s*(?:end)?generation\s*-?%}")
 _LONG_TAIL, _MANY_TAILS = 64, 10_000
-
-
-class Tokenizer(Protocol):
-    """What is asked of a tokenizer; every one of transformers' does."""
-
-    @property
-    def bos_token_id(self) -> int | None:
-        """What it puts before a text, if anything."""
-        ...
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """What ends a text."""
-        ...
-
-    @property
-    def chat_template(self) -> str | dict[str, str] | None:
-        """jinja source, or several by name, of which "default" is used."""
-        ...
-
-    @property
-    def added_tokens_decoder(self) -> Mapping[int, Any]:
-        """The tokens that stand for themselves, each with whether it is `special`."""
-        ...
-
-    @property
-    def special_tokens_map(self) -> Mapping[str, str]:
-        """What templates know by name: bos_token, eos_token, ..."""
-        ...
-
-    def __call__(self, text: list[str], *, add_special_tokens: bool, verbose: bool) -> Any:
-        """`input_ids`: a list of ids for each text; `encodings`: where each token stands in its
-        text, None where a tokenizer does not know."""
-        ...
-
-    def decode(self, token_ids: list[int], *, clean_up_tokenization_spaces: bool) -> Any:
-        """The text of the ids."""
-        ...
-
-    def apply_chat_template(
-        self,
-        conversation: list[dict[str, Any]],
-        *,
-        tools: list[Mapping[str, Any]] | None,
-        chat_template: str,
-        tokenize: bool,
-        add_generation_prompt: bool,
-    ) -> Any:
-        """The conversation as text."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +100,7 @@ def chat_template_of(tokenizer: Tokenizer, *, tools: bool = False) -> str:
     own = tokenizer.chat_template
     if isinstance(own, dict):
         own = (tools and own.get("tool_use")) or own.get("default")
-    return own or ("{{ bos_token }}" if _opening(tokenizer) else "") + PLAIN_TEMPLATE
+    return own or ("{{ bos_token }}" if opening(tokenizer) else "") + PLAIN_TEMPLATE
 
 
 def stop_ids(tokenizer: Tokenizer, *, is_chat: bool) -> tuple[int, ...]:
@@ -161,14 +112,23 @@ def stop_ids(tokenizer: Tokenizer, *, is_chat: bool) -> tuple[int, ...]:
     Raises:
         ModelError: no end-of-text token, or a template that ends answers with mere text.
     """
-    eos = _eos(tokenizer)
+    eos = eos_of(tokenizer)
     if not is_chat:
         return (eos,)
     question, answer = Message("user", "Where?"), Message("assistant", "There")
     _try_out(tokenizer, [((question, answer), ())])
-    written = _render(tokenizer, (question, answer))
+    try:
+        written = _render(tokenizer, (question, answer))
+    except DataError as error:
+        raise ModelError(
+            f"The tokenizer's chat template cannot write a question and its answer: "
+            f"{error.__cause__}",
+            why="It is broken, or made for another version of transformers.",
+            fix="Mend chat_template in the base's tokenizer_config.json or chat_template.jinja; "
+            "without one lorafit's plain template is used.",
+        ) from error
     # content comes last but for the ending; what a template writes before it (<think>) is no end
-    (ending,) = _tokenise(tokenizer, [written.rpartition(answer.content)[2]])
+    (ending,) = tokenise(tokenizer, [written.rpartition(answer.content)[2]])
     special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     stop = next((token for token in ending if token in special | {eos}), None)
     if stop is None:
@@ -182,23 +142,28 @@ def stop_ids(tokenizer: Tokenizer, *, is_chat: bool) -> tuple[int, ...]:
 
 
 def prompt_ids(
-    tokenizer: Tokenizer, prompt: str | Sequence[Message], *, is_chat: bool
+    tokenizer: Tokenizer,
+    prompt: str | Sequence[Message],
+    *,
+    is_chat: bool,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
     """What generation feeds the model: to the last id what training put before the answer.
 
     Args:
         prompt: A conversation so far, or a text: for a chat, the user's message.
         is_chat: Whether the model was trained on conversations (`Shape.is_chat`).
+        tools: What may be called in this conversation, as JSON schemas.
     """
     if is_chat:
         messages = (Message("user", prompt),) if isinstance(prompt, str) else prompt
-        return _tokenise(tokenizer, [_render(tokenizer, messages, asks=True)])[0]
+        return tokenise(tokenizer, [_render(tokenizer, messages, tools=tools, asks=True)])[0]
     if not isinstance(prompt, str):
         raise ModelError(
             "A conversation was given to a model that was trained on plain text.",
             fix="Give the prompt as one text.",
         )
-    return _opened(tokenizer, _tokenise(tokenizer, [prompt])[0])
+    return opened(tokenizer, tokenise(tokenizer, [prompt])[0])
 
 
 class Encoder:
@@ -224,7 +189,7 @@ class Encoder:
         self.tokenizer, self.supervise = tokenizer, supervise
         self.stops = stop_ids(tokenizer, is_chat=is_chat)
         self.unrolled = 0
-        self._stop_text = _decode(tokenizer, [self.stops[0]])
+        self._stop_text = decode(tokenizer, [self.stops[0]])
         self._added = frozenset(tokenizer.added_tokens_decoder)
         self._tails: dict[tuple[int, str], list[int]] = {}
         self._tried: set[frozenset[Any]] = set()
@@ -276,6 +241,7 @@ class Encoder:
 
     def _written(self, sample: Sample) -> list[Encoded] | list[_Written]:
         if sample.ids:
+            check_ids(self.tokenizer, sample.ids, place=sample.source)
             return [Encoded(list(sample.ids), list(sample.labels), sample.source)]
         if sample.messages:
             return self._written_chat(sample)
@@ -319,8 +285,9 @@ class Encoder:
             )
         answer, message = upto[len(head) :], messages[turn]
         own = [message.content.strip(), message.thinking.strip()]
-        if not all(part in answer for part in [*own, *(call["name"] for call in message.calls)]):
-            _refuse(place, f"the chat template leaves out part of turn {turn + 1}.")
+        parts = [*own, *(call["name"] for call in message.calls)]
+        if lost := next((part for part in parts if part not in answer), ""):
+            _refuse(place, f"the chat template leaves out part of turn {turn + 1}: {lost!r:.60}.")
         # the answer's own text may hold the stop token too: the template's comes after those
         own += [json.dumps(call, ensure_ascii=False) for call in message.calls]
         before = 1 + sum(part.count(self._stop_text) for part in own)
@@ -384,8 +351,8 @@ class Encoder:
         if len(self._tails) > _MANY_TAILS:
             self._tails.clear()
         if (token, tail) not in self._tails:
-            mark = _decode(self.tokenizer, [token])
-            self._tails[token, tail] = _tokenise(self.tokenizer, [mark + tail])[0][1:]
+            mark = decode(self.tokenizer, [token])
+            self._tails[token, tail] = tokenise(self.tokenizer, [mark + tail])[0][1:]
         return self._tails[token, tail]
 
     def _prove_by_heads(
@@ -398,7 +365,7 @@ class Encoder:
             for m, cut in enumerate(one.cuts)
             if found[n][m] is None
         ]
-        heads = _tokenise(self.tokenizer, [head for _, _, head in asked]) if asked else []
+        heads = tokenise(self.tokenizer, [head for _, _, head in asked]) if asked else []
         for (n, m, _), head in zip(asked, heads, strict=True):
             if ids[n][: len(head)] == head:
                 found[n][m] = len(head)
@@ -416,11 +383,11 @@ class Encoder:
 
     def _closed(self, one: _Written, ids: list[int], *, start: int) -> Encoded:
         """Raw text with the tokenizer's own beginning and its end, learned from `start`."""
-        opened, opening = _opened(self.tokenizer, ids), _opening(self.tokenizer)
+        whole, first = opened(self.tokenizer, ids), opening(self.tokenizer)
         # a beginning-of-text is never a target, not even one that the row's own text wrote
-        start = max(start + len(opened) - len(ids), len(opening))
+        start = max(start + len(whole) - len(ids), len(first))
         eos = self.stops[0]
-        ids = opened if opened[-1:] == [eos] else [*opened, eos]
+        ids = whole if whole[-1:] == [eos] else [*whole, eos]
         start = 0 if self.supervise == "all" else start
         return Encoded(ids, _learned(ids, [(start, len(ids))]), one.source)
 
@@ -463,7 +430,7 @@ def _tokenise_apart(
 ) -> tuple[list[int], list[int]]:
     """The ids of `text`, piece by piece, each tokenised as what follows the ids so far; and where
     in them each of the `cuts` (characters) lies."""
-    ids, starts = _tokenise(tokenizer, [text[: cuts[0]]])[0], []
+    ids, starts = tokenise(tokenizer, [text[: cuts[0]]])[0], []
     for cut, end in pairwise([*cuts, len(text)]):
         starts.append(len(ids))
         if end > cut:
@@ -479,11 +446,11 @@ def _continued(
     A tokenizer that puts a space before every text (SentencePiece's) would put one between; behind
     a newline, taken away again, it does not.
     """
-    expected = _decode(tokenizer, _tokenise(tokenizer, [text])[0])
+    expected = decode(tokenizer, tokenise(tokenizer, [text])[0])
     for anchor in ("", "\n"):
-        before, after = _tokenise(tokenizer, [anchor, anchor + piece])
+        before, after = tokenise(tokenizer, [anchor, anchor + piece])
         joined = ids + after[len(before) :]
-        if after[: len(before)] == before and _decode(tokenizer, joined) == expected:
+        if after[: len(before)] == before and decode(tokenizer, joined) == expected:
             return joined
     raise DataError(
         f"{place}: the tokenizer merges the end of the prompt with {piece[:20]!r}.",
@@ -539,33 +506,3 @@ def _render(
             f"{place or 'chat'}: the chat template cannot write the turns {roles}: {error}",
             fix="Give turns in an order that the model knows, or another chat_template.",
         ) from error
-
-
-def _tokenise(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    # verbose=False: what is longer than the model's window is examples.build's to report
-    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-
-
-def _eos(tokenizer: Tokenizer) -> int:
-    if tokenizer.eos_token_id is None:
-        raise ModelError(
-            "The tokenizer has no end-of-text token (eos_token).",
-            why="The tuned model could not learn to stop.",
-            fix="Set tokenizer.eos_token to a token of its vocabulary that never occurs in text.",
-        )
-    return tokenizer.eos_token_id
-
-
-def _opening(tokenizer: Tokenizer) -> list[int]:
-    """[BOS] where the tokenizer begins its texts with it, else []."""
-    ids = tokenizer(["x"], add_special_tokens=True, verbose=False)["input_ids"][0]
-    return ids[:1] if ids[0] == tokenizer.bos_token_id else []
-
-
-def _opened(tokenizer: Tokenizer, ids: list[int]) -> list[int]:
-    opening = _opening(tokenizer)
-    return ids if opening and ids[:1] == opening else opening + ids

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError, nearest
 from lorafit.model import base as bases
+from lorafit.model import tokens
 from lorafit.model.base import PreTrainedModel
 
 if TYPE_CHECKING:
@@ -277,7 +278,7 @@ def load_tuned(folder: Path, *, base: str = "", dtype: str = "auto") -> Tuned:
     except ModelError as error:
         raise ModelError(f"{folder}: {error.what}", why=error.why, fix=error.fix) from error
     has_tokenizer = (folder / "tokenizer_config.json").exists()
-    tokenizer = bases.load_tokenizer(str(folder if has_tokenizer else model.name_or_path))
+    tokenizer = tokens.load_tokenizer(str(folder if has_tokenizer else model.name_or_path))
     tokenizer.chat_template = contract.get("chat_template") or tokenizer.chat_template
     return Tuned(tuned.eval(), tokenizer, contract)
 

@@ -10,19 +10,15 @@ import json
 import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
 )
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -30,14 +26,14 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 )
-from transformers.utils import logging
 from transformers.utils.generic import find_labels
 from transformers.utils.hub import cached_file
 
 from lorafit.arguments import ModelArguments, TrainingArguments
-from lorafit.errors import ModelError, nearest
+from lorafit.errors import ModelError
 from lorafit.kernels.attention import Documents, Look, attend
 from lorafit.kernels.cross_entropy import IGNORE, summed_nats, supervised_tokens
+from lorafit.model.tokens import explained, folder_of, quiet
 
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -50,49 +46,9 @@ def check_base(name: str) -> None:
     Raises:
         ModelError: as `load_model`.
     """
-    folder = _folder(name)
+    folder = folder_of(name)
     if folder:
         _check_folder(folder)
-
-
-def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a folder or Hub id: one of transformers', which all answer alike.
-
-    Raises:
-        ModelError: there is no such folder, or no tokenizer in it.
-    """
-    folder = _folder(name)
-    with _quiet(), _explained(name, "tokenizer"):
-        return AutoTokenizer.from_pretrained(
-            str(folder or name), revision=revision or "main", trust_remote_code=trust_remote_code
-        )
-
-
-def tokenizer_identity(tokenizer: Any) -> str:
-    """A hash of everything that decides which ids a text gets; the chat template is not in it."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = backend.to_str() if backend else json.dumps(sorted(tokenizer.get_vocab().items()))
-    named = f"{type(tokenizer).__name__}{sorted(tokenizer.special_tokens_map.items())}"
-    return hashlib.sha256((named + vocabulary).encode()).hexdigest()
-
-
-def context_of(arguments: ModelArguments, tokenizer: Any) -> int | None:
-    """The most tokens the base can look back on, read before any weight; None where nobody says."""
-    name = str(_folder(arguments.model) or arguments.model)
-    try:
-        config = AutoConfig.from_pretrained(
-            name,
-            revision=arguments.revision or "main",
-            trust_remote_code=arguments.trust_remote_code,
-        )
-    except (OSError, ValueError):  # a folder that holds a tokenizer alone
-        said = tokenizer.model_max_length
-        return said if said < UNSAID_LENGTH else None
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
-
-
-UNSAID_LENGTH = 10**9
-"""transformers gives tokenizers that name no longest text one far above this."""
 
 
 def load_model(arguments: ModelArguments) -> PreTrainedModel:
@@ -104,7 +60,7 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
         ModelError: the folder or Hub id is no whole causal language model; said before any
             weight is read where that can be known.
     """
-    folder = _folder(arguments.model)
+    folder = folder_of(arguments.model)
     if folder:
         _check_folder(folder)
     name = str(folder or arguments.model)
@@ -112,7 +68,7 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
         "revision": arguments.revision or "main",
         "trust_remote_code": arguments.trust_remote_code,
     }
-    with _quiet(), _explained(name, "model"):
+    with quiet(), explained(name, "model"):
         config = AutoConfig.from_pretrained(name, **options)
         _check_causal(config, name)
         if arguments.attn_implementation:
@@ -196,7 +152,7 @@ def is_plain_causal(model: nn.Module) -> bool:
         return False  # a forward that somebody wrote or changed may make any loss of its own
     if getattr(base.config.get_text_config(), "output_router_logits", False):
         return False
-    with _quiet():  # transformers warns of classes that its table lacks, such as GPT-2's
+    with quiet():  # transformers warns of classes that its table lacks, such as GPT-2's
         declared = base.loss_function is ForCausalLMLoss
     return declared and causal_loss_matches(model, base.device)
 
@@ -409,33 +365,6 @@ _ADDED = re.compile(r"\b(lora_|modules_to_save\.)")
 """Parameters that peft put into the base's tree."""
 
 
-def _folder(name: str) -> Path | None:
-    """The folder that `name` means; None where it can only be a Hub id."""
-    if not name:
-        raise ModelError("No model is named.", fix="Give a folder or a Hub id.")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ModelError(
-            f"{name} is a file; a model is a folder with config.json and *.safetensors.",
-            fix=f"Give the folder: {path.parent}",
-        )
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and path.parent.is_dir()):
-        return None
-    raise ModelError(
-        f"There is no folder {name}.{_nearest_folder(path)}",
-        fix="Give a folder with config.json and *.safetensors, or a Hub id such as org/name.",
-    )
-
-
-def _nearest_folder(path: Path) -> str:
-    parent = path.parent
-    if not parent.is_dir():
-        return ""
-    return nearest(path.name, sorted(entry.name for entry in parent.iterdir() if entry.is_dir()))
-
-
 def _check_folder(folder: Path) -> None:
     """Raises ModelError unless `folder` looks like a whole base with safetensors."""
     names = sorted(entry.name for entry in folder.iterdir())
@@ -517,37 +446,3 @@ def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
         header.pop("__metadata__", None)
         headers |= {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()}
     return headers
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """transformers' progress bars and advice, off; what matters is raised as an error."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _explained(name: str, what: str) -> Generator[None]:
-    """Turns what transformers and safetensors raise while reading into a ModelError."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if Path(name).is_dir():
-            raise ModelError(f"The {what} in {name} cannot be read: {reason}") from error
-        offline = " while offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else ""
-        raise ModelError(
-            f"{name} is no folder here, and no {what} of that name could be had from the Hub"
-            f"{offline}.{_nearest_folder(Path(name))}",
-            why=reason,
-            fix=f"Download it first (hf download {name}), or give a folder.",
-        ) from error

@@ -91,7 +91,7 @@ class Console:
     """
 
     def __init__(self, *, live: bool, terminal: Terminal | None = None) -> None:
-        self._terminal = terminal or Terminal(highlight=False, soft_wrap=True)
+        self._terminal = terminal or Terminal(highlight=False, emoji=False, soft_wrap=True)
         self._live = live and self._terminal.is_terminal
         self._bar = Progress(disable=True)
         self._task = self._bar.add_task("")
