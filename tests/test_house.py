@@ -46,27 +46,42 @@ TRANSFORMERS_SHAPED = (
 )
 
 # Every function of src/ that runs between two steps' beginnings on the plain path (kernels
-# excepted): a map-style set, one fp32 device, the numbers of the last steps read; no log,
+# excepted): a map-style set packed for a fused model, one fp32 device, no log,
 # evaluation or save is due. tests/test_trainer.py traces a run and finds no other.
 # Each is named as this file's messages name it: file, colon, qualified name.
 STEP_PATH: tuple[str, ...] = (
+    "data/collate.py:PadCollator.__call__",
+    "data/collate.py:_padded",
+    "data/collate.py:_row",
     "data/loader.py:Loader._steps",
     "data/loader.py:keeping.collated",
     "engine/layout.py:MicroBatch.to",
+    "engine/layout.py:_end_to_end",
+    "engine/layout.py:_example",
+    "engine/layout.py:best_fit",
+    "engine/layout.py:is_plain",
     "engine/layout.py:mapped",
-    "engine/layout.py:_micro_batch",
-    "engine/layout.py:as_given",
-    "engine/objective.py:summed.forward",
-    "engine/objective.py:summed.part",
+    "engine/layout.py:moved",
+    "engine/layout.py:packed",
+    "engine/layout.py:unpadded",
+    "engine/objective.py:by_documents.part",
+    "engine/objective.py:by_documents.states",
     "engine/optim.py:Updater.apply",
     "engine/optim.py:Updater.norm",
     "engine/optim.py:Updater.parameters",
     "engine/optim.py:Updater.showing_gradients",
-    "engine/precision.py:Precision.autocast",
     "engine/step.py:Engine._advance",
     "engine/step.py:Engine._run_part",
     "engine/step.py:Engine._update",
     "engine/step.py:Engine.step",
+    "model/documents.py:_Head._frozen",
+    "model/documents.py:_Head.nats",
+    "model/fused.py:Decoder.__call__",
+    "model/fused.py:Decoder._refresh",
+    "model/fused.py:Decoder._run",
+    "model/fused.py:_Layer.factors",
+    "model/lora.py:LoraLinear.factors",
+    "packing.py:Packing.lay_out",
     "run/callbacks.py:Callbacks.asks",
     "run/callbacks.py:Callbacks.fire",
     "run/callbacks.py:Callbacks.moved",
@@ -85,6 +100,7 @@ STEP_PATH: tuple[str, ...] = (
     "session.py:Session._begin_step",
     "session.py:Session.epoch",
     "session.py:Session.finish_step",
+    "session.py:Session.lay_out",
     "session.py:Session.reading_is_due",
     "session.py:Session.steps",
     "session.py:Watch.after_micro_batch",
@@ -93,7 +109,7 @@ STEP_PATH: tuple[str, ...] = (
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 200, 25
+STEP_CODE, STEP_BRANCHES = 390, 62  # docs/decisions/0005-the-fast-engine.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.

@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.data import IterableDataset
 
 import lorafit
+from lorafit.data.collate import PadCollator
 from lorafit.engine import precision
 from lorafit.errors import ConfigError, NonFiniteError
 from lorafit.events import Notice, RunEnded, StepEnd, StepSkipped
@@ -604,7 +605,9 @@ def test_the_path_of_a_step_is_what_the_house_counts(tmp_path: Path) -> None:
             begun.append(state.global_step)
             sys.setprofile({10: trace, 20: None}.get(len(begun), sys.getprofile()))
 
-    trainer = make(tmp_path, data=plain(84), logging_steps=500, callbacks=[Between])
+    given: dict[str, Any] = {"logging_steps": 500, "layout": "packed", "token_budget": 60}
+    trainer = make(tmp_path, data=plain(84), callbacks=[Between], **given)
+    trainer.data_collator = PadCollator(0)
     try:
         trainer.train()
     finally:
@@ -615,4 +618,5 @@ def test_the_path_of_a_step_is_what_the_house_counts(tmp_path: Path) -> None:
         rows = [item.node.lineno, *(d.lineno for d in item.node.decorator_list)]
         if item.source.room != "kernels" and any((file, row) in ran for row in rows):
             found.add(f"{item.source.name}:{item.path}")
+    assert trainer._packing.runner.fused
     assert found | {"trainer.py:Trainer._epoch"} == set(house.STEP_PATH)

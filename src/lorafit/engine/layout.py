@@ -195,7 +195,15 @@ def is_plain(batch: Any) -> bool:
     flattened = "position_ids" in batch and "attention_mask" not in batch
     known |= {"position_ids", *_FLATTENED} if flattened else set()
     ids, labels = batch["input_ids"], batch["labels"]
-    return batch.keys() <= known and ids.ndim == 2 and ids.shape == labels.shape
+    fits = batch.keys() <= known and ids.ndim == 2 and ids.shape == labels.shape
+    return fits and (not flattened or _counts_documents(batch["position_ids"]))
+
+
+def _counts_documents(positions_BT: Tensor) -> bool:
+    """Whether positions count up from 0 and begin again at each document, as transformers reads
+    rows without a mask."""
+    rising = positions_BT[:, 1:] == positions_BT[:, :-1] + 1
+    return bool((positions_BT[:, 0] == 0).all() and (rising | (positions_BT[:, 1:] == 0)).all())
 
 
 def unpadded(batch: Mapping[str, Tensor]) -> Iterator[Document]:
