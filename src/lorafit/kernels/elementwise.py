@@ -1,15 +1,19 @@
 """The passes between matrix products: norms, rotary embedding, SwiGLU, LoRA's dropout.
 
 Each is plain torch first, which any device and dtype can run (float64 for gradcheck) and which says
-what is computed; on a CPU `native.cpp` does the same in one pass. Nothing here knows autograd.
+what is computed. On a CPU `native.cpp` does the same in one pass; on CUDA those very lines are
+compiled, once for all numbers of tokens. Nothing here knows autograd.
 Shapes: `T` tokens, `D` hidden, `F` feed-forward, `H` heads, `E` head width.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from lorafit.kernels import native
+from lorafit.kernels.compiled import compiled
 
 
 def rms_norm(
@@ -26,6 +30,11 @@ def rms_norm(
         rstd_T = torch.empty(len(x_TD), dtype=torch.float32)
         call(x_TD, weight_D, y_TD, rstd_T, *x_TD.shape, eps)
         return y_TD, rstd_T
+    return compiled(_rms_norm, x_TD)(x_TD, weight_D, eps, dtype)
+
+
+def _rms_norm(x_TD: Tensor, weight_D: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
+    eps, dtype = how
     wide_TD = x_TD.to(accumulating(x_TD.dtype))
     rstd_T = torch.rsqrt(wide_TD.square().mean(-1) + eps)
     return (weight_D * (wide_TD * rstd_T[:, None]).to(x_TD.dtype)).to(dtype), rstd_T
@@ -43,6 +52,11 @@ def rms_norm_backward(
         dx_TD = torch.empty_like(x_TD)
         call(dy_TD, x_TD, weight_D, rstd_T, residual_TD, dx_TD, *x_TD.shape)
         return dx_TD
+    return compiled(_rms_norm_backward, x_TD)(dy_TD, x_TD, weight_D, rstd_T, residual_TD)
+
+
+def _rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, *others: Any) -> Tensor:
+    weight_D, rstd_T, residual_TD = others
     wide = rstd_T.dtype
     scaled_TD = dy_TD.to(wide) * weight_D.to(wide)
     hat_TD = x_TD.to(wide) * rstd_T[:, None]
@@ -65,15 +79,19 @@ def rotate_(x_THE: Tensor, rotary: tuple[Tensor, Tensor], *, inverse: bool = Fal
     call = native.function("rotate", x_THE) if x_THE.stride()[1:] == (width, 1) else None
     if call and cosine_TE.dtype == torch.float32:
         begin = torch.as_strided(x_THE, (1,), (1,))  # the rows are contiguous, the view is not
-        call(
-            begin, cosine_TE, sine_TE, tokens, x_THE.stride(0), heads, width, int(inverse)
-        )  # fmt: skip
+        sizes = (tokens, x_THE.stride(0), heads, width, int(inverse))
+        call(begin, cosine_TE, sine_TE, *sizes)
         return x_THE
+    return x_THE.copy_(compiled(_rotated, x_THE)(x_THE, cosine_TE, sine_TE, inverse))
+
+
+def _rotated(x_THE: Tensor, cosine_TE: Tensor, *others: Any) -> Tensor:
+    sine_TE, inverse = others
     wide = accumulating(x_THE.dtype)
     cosine_T1E, sine_T1E = cosine_TE[:, None].to(wide), sine_TE[:, None].to(wide)
     low, high = x_THE.to(wide).chunk(2, dim=-1)
     turned_THE = torch.cat((-high, low), dim=-1) * (-sine_T1E if inverse else sine_T1E)
-    return x_THE.copy_(torch.cat((low, high), dim=-1) * cosine_T1E + turned_THE)
+    return (torch.cat((low, high), dim=-1) * cosine_T1E + turned_THE).to(x_THE.dtype)
 
 
 def swiglu(both_T2F: Tensor) -> Tensor:
@@ -84,6 +102,10 @@ def swiglu(both_T2F: Tensor) -> Tensor:
         h_TF = both_T2F.new_empty(tokens, double // 2)
         call(both_T2F, h_TF, *h_TF.shape)
         return h_TF
+    return compiled(_swiglu, both_T2F)(both_T2F)
+
+
+def _swiglu(both_T2F: Tensor) -> Tensor:
     gate_TF, up_TF = both_T2F.chunk(2, dim=-1)
     return functional.silu(gate_TF) * up_TF
 
@@ -95,6 +117,10 @@ def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
         h_TF = torch.empty_like(dh_TF)
         call(both_T2F, dh_TF, h_TF, *h_TF.shape)
         return h_TF
+    return compiled(_swiglu_backward_, both_T2F)(both_T2F, dh_TF)
+
+
+def _swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
     gate_TF, up_TF = both_T2F.to(accumulating(both_T2F.dtype)).chunk(2, dim=-1)
     sigmoid_TF = gate_TF.sigmoid()
     silu_TF = gate_TF * sigmoid_TF
@@ -123,13 +149,18 @@ def dropped(x_TD: Tensor, counters: tuple[Tensor, Tensor], *, share: float) -> T
         y_TD = torch.empty_like(x_TD)
         call(x_TD, y_TD, keys_T, places_T, *x_TD.shape, threshold, scale)
         return y_TD
+    return compiled(_dropped, x_TD)(x_TD, keys_T, places_T, threshold, scale)
+
+
+def _dropped(x_TD: Tensor, keys_T: Tensor, *others: Any) -> Tensor:
+    places_T, threshold, scale = others
     width = x_TD.shape[1]
     index_TD = places_T[:, None] * width + torch.arange(width, device=x_TD.device)
     z_TD = _low(_low(index_TD) * 0x9E3779B9) ^ _low(keys_T)[:, None]
     z_TD = _low((z_TD ^ (z_TD >> 16)) * 0x7FEB352D)
     z_TD = _low((z_TD ^ (z_TD >> 15)) * 0x846CA68B)
     z_TD = z_TD ^ (z_TD >> 16)
-    return torch.where(z_TD >= threshold, x_TD * scale, 0.0)
+    return torch.where(z_TD >= threshold, x_TD * scale, 0.0).to(x_TD.dtype)
 
 
 def _low(value: Tensor) -> Tensor:
