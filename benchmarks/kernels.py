@@ -1,0 +1,108 @@
+"""What one pass of native.cpp costs beside torch's several, and ways of computing attention.
+
+    python benchmarks/kernels.py
+
+One thread, processor time, best of 20; rows as SmolLM2-135M has them (1,024 tokens, 576 wide, 1,536
+feed-forward, 9 heads of 64). Only the ratios are to be trusted. Writes results/kernels.txt.
+"""
+
+import platform
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from lorafit.kernels import attention, cross_entropy, elementwise, native
+from lorafit.kernels.attention import Documents, Look, attend
+from lorafit.kernels.cross_entropy import Head
+
+T, D, F, H, G, E, V = 1024, 576, 1536, 9, 3, 64, 49152
+RESULTS = Path(__file__).parent / "results" / "kernels.txt"
+
+
+def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
+    """Processor time of the fastest of so many calls."""
+    call()
+    times = []
+    for _ in range(repeats):
+        began = time.process_time()
+        call()
+        times.append(time.process_time() - began)
+    return 1000 * min(times)
+
+
+def passes(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Each pass on rows of `dtype`."""
+    x, dy, weight = (
+        torch.randn(T, D).to(dtype),
+        torch.randn(T, D).to(dtype),
+        torch.ones(D).to(dtype),
+    )
+    both, dh = torch.randn(T, 2 * F).to(dtype), torch.randn(T, F).to(dtype)
+    heads, rstd = torch.randn(T, H + G, E).to(dtype), torch.ones(T)
+    angles, counters = (torch.rand(T, E), torch.rand(T, E)), (torch.arange(T), torch.arange(T))
+    logits, targets = torch.randn(128, V).to(dtype), torch.randint(V, (128,))
+    norm = {"weight_D": weight, "rstd_T": rstd, "residual_TD": x}
+    return {
+        "norm": lambda: elementwise.rms_norm(x, weight, eps=1e-5, dtype=dtype),
+        "norm, backward": lambda: elementwise.rms_norm_backward(dy, x, **norm),
+        "rotary embedding": lambda: elementwise.rotate_(heads, angles),
+        "SwiGLU": lambda: elementwise.swiglu(both),
+        "SwiGLU, backward": lambda: elementwise.swiglu_backward_(both, dh),
+        "LoRA's dropout": lambda: elementwise.dropped(x, counters, share=0.1),
+        "cross entropy, 128 rows": lambda: cross_entropy._nats_(
+            logits, targets, head=Head(logits[:1])
+        ),
+    }
+
+
+def documents(length: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Forward and backward of one document's attention."""
+    qkv = [torch.randn(length, heads, E).to(dtype).requires_grad_() for heads in (H, G, G)]
+    dout = torch.randn(length, H, E).to(dtype)
+    how = {"documents": Documents((length,)), "look": Look(E**-0.5)}
+    return lambda: attend((qkv[0], qkv[1], qkv[2]), **how).backward(dout)
+
+
+def lines() -> Iterator[str]:
+    """The table, line by line."""
+    yield f"{datetime.now(UTC):%Y-%m-%d}, torch {torch.__version__}, {platform.machine()}, "
+    yield f"{torch.backends.cpu.get_cpu_capability()}, one thread, milliseconds of processor time"
+    for dtype in (torch.float32, torch.bfloat16):
+        plain_calls, calls = passes(dtype), passes(dtype)
+        for name, call in calls.items():
+            ours = milliseconds(call)
+            with mock.patch.object(native, "function", return_value=None):
+                plain = milliseconds(plain_calls[name])
+            yield (
+                f"{str(dtype)[6:]:9} {name:24} native {ours:7.2f}  "
+                f"torch {plain:7.2f}  {plain / ours:5.1f}x"
+            )
+    for length in (128, 200, 350, 512, 1024):
+        found = {}
+        for way, flash in (("products", False), ("flash", True)):
+            with mock.patch.object(attention, "_prefers_flash", return_value=flash):
+                found[way] = milliseconds(documents(length, torch.float32), repeats=6)
+        ratio = found["products"] / found["flash"]
+        yield (
+            f"float32   attention, {length:4} tokens   products {found['products']:7.2f}  "
+            f"torch's flash {found['flash']:7.2f}  {ratio:5.2f}x"
+        )
+
+
+def main() -> None:
+    """Measure, show and write."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    table = list(lines())
+    text = "\n".join([table[0] + table[1], *table[2:]]) + "\n"
+    RESULTS.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
