@@ -244,7 +244,10 @@ def test_what_is_not_known_to_be_exact_is_run_as_given(tmp_path: Path) -> None:
         batch = PadCollator(0)([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
         return batch | {"position_ids": torch.zeros_like(batch["input_ids"])}
 
+    watched = llama()
+    watched.register_forward_hook(lambda *_: None)
     cases: dict[str, dict[str, Any]] = {
+        "the whole model's forward is watched": {"model": watched},
         "compute_loss is yours": {"kind": Loss},
         "what Mine makes of a row may depend": {"data_collator": Mine(0)},
         "what stack makes of a row may depend": {"data_collator": stack},

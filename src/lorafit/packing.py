@@ -16,7 +16,7 @@ from lorafit.arguments import TrainingArguments
 from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.precision import Precision
-from lorafit.model import lora
+from lorafit.model import base, lora
 from lorafit.model.documents import Leaks, Runner, runner
 from lorafit.model.lora import Drawn
 
@@ -124,8 +124,10 @@ def _of_data(collator: Any, *, first: Callable[[], Any], replaced: Collection[st
 
 def _of_model(model: nn.Module, arguments: TrainingArguments, *, plain: bool) -> str:
     """Why the law cannot hold for this model and these arguments; empty if it may."""
+    if not plain:
+        return "the model's loss is not plain causal cross entropy"
     reasons = {
-        "the model's loss is not plain causal cross entropy": not plain,
+        "the whole model's forward is watched": base.is_watched(model),
         "the base drops activations by itself": lora.base_drops(model),
         "NEFTune draws its noise by batch": bool(arguments.neftune_noise_alpha),
         "torch_compile compiles the model's own forward": arguments.torch_compile,

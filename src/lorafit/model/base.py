@@ -138,6 +138,13 @@ def is_hooked(module: nn.Module) -> bool:
     return any(getattr(module, name) for name in hooks) or "forward" in vars(module)
 
 
+def is_watched(model: nn.Module) -> bool:
+    """Whether somebody looks at the whole model's forward, above its decoder and head."""
+    decoder, head = decoder_of(model), unwrap(model).get_output_embeddings()
+    beneath = {id(module) for part in (decoder, head) for module in part.modules()}
+    return any(is_hooked(module) for module in model.modules() if id(module) not in beneath)
+
+
 def is_plain_causal(model: nn.Module) -> bool:
     """Whether the loss is nothing but causal cross entropy, so that nats can be summed from logits.
 

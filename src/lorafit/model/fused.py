@@ -67,9 +67,9 @@ class Decoder:
         self.decoder: Any = decoder_of(model)
         self.dtype, self.recompute = dtype, recompute
         _check(model, self.decoder)
-        self._sources = [w for layer in self.decoder.layers for w in _frozen(layer)]
-        self._seen: list[int] = []
         self._layers: list[_Layer] = []
+        self._sources: list[Tensor] = []
+        self._seen: list[int] = []
         self._refresh()
 
     def __call__(
@@ -117,15 +117,13 @@ class Decoder:
         )  # fmt: skip
 
     def _refresh(self) -> None:
-        """Take up weights that somebody has changed or replaced since they were looked at."""
-        seen = [version for weight in self._sources for version in (id(weight), weight._version)]
-        if seen != self._seen:
-            self._layers = [
-                _taken(layer, number, dtype=self.dtype)
-                for number, layer in enumerate(self.decoder.layers)
-            ]
-            self._sources = [w for layer in self.decoder.layers for w in _frozen(layer)]
-            self._seen = [v for weight in self._sources for v in (id(weight), weight._version)]
+        """Take up weights that somebody has changed in place since they were looked at."""
+        if self._layers and self._seen == [weight._version for weight in self._sources]:
+            return
+        layers = self.decoder.layers
+        self._layers = [_taken(layer, at, dtype=self.dtype) for at, layer in enumerate(layers)]
+        self._sources = [weight for layer in layers for weight in _frozen(layer)]
+        self._seen = [weight._version for weight in self._sources]
 
 
 class Unfit(Exception):
