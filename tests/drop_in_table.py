@@ -94,15 +94,15 @@ HABITS = (
      "and terminal, within 5% of the run's cost; not where evaluation is overridden"),
     ("evaluation rows with labels all masked", "different", "weigh nothing (there: NaN)"),
     ("a stream that ends early", "same", "the run stops, and says where"),
-    ("padding", "better", "a step's examples lie end to end where that is exact, and the loss is the "
-     "same to rounding (numerics.md); `layout='as_given'` runs your batches literally. "
+    ("padding", "better", "a step's examples lie end to end where that is exact, and the loss is "
+     "the same to rounding (numerics.md); `layout='as_given'` runs your batches literally. "
      "`on_substep_end` is called as often either way"),
-    ("`include_num_input_tokens_seen='all'`", "different", "counts the tokens that were run: packed "
-     "rows have no padding"),
-    ("forward hooks", "same", "on the whole model: batches are run as given. A watched layer is run "
-     "by its own forward, on packed rows"),
-    ("noise, data order, the base's own dropout", "same", "from the same random numbers in the same "
-     "order; not where a collator draws some too, as accelerate reads one batch ahead"),
+    ("`include_num_input_tokens_seen='all'`", "different", "counts the tokens that were run: "
+     "packed rows have no padding"),
+    ("forward hooks", "same", "on the whole model: batches are run as given. A watched layer is "
+     "run by its own forward, on packed rows"),
+    ("noise, data order, the base's own dropout", "same", "from the same random numbers in the "
+     "same order; not where a collator draws some too, as accelerate reads one batch ahead"),
     ("LoRA's dropout", "different", "from counters, so that the layout does not change it; from "
      "torch's random numbers, as there, where the collator is yours"),
     ("`bf16=True` and a loss of your own", "same", "the model's forward alone is cast; your code "

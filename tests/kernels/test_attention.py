@@ -1,5 +1,8 @@
 """Attention over documents: against the reference, with every way of computing it."""
 
+from itertools import pairwise
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,3 +108,77 @@ def test_large_scores_do_not_overflow(way: str) -> None:
     q, k, v = (x.detach() * 100 for x in heads(torch.float32))
     out, lse = attention.forward((q, k, v), documents=Documents(LENGTHS), look=Look(1.0))
     assert out.isfinite().all() and lse.isfinite().all()
+
+
+# ---- CUDA's operators, stood in for on a CPU
+
+
+ATEN = torch.ops.aten
+
+
+def parameters(operator: str) -> list[str]:
+    return [a.name for a in getattr(ATEN, operator).default._schema.arguments]
+
+
+class Aten:
+    """torch.ops.aten with the reference in place of CUDA's flash kernel."""
+
+    def __init__(self) -> None:
+        self.called: list[dict[str, object]] = []
+
+    def _bound(
+        self, operator: str, given: tuple[object, ...], named: dict[str, object]
+    ) -> dict[str, Any]:
+        names = parameters(operator)
+        assert named.keys() <= set(names)
+        self.called.append({**dict(zip(names, given, strict=False)), **named})
+        return self.called[-1]
+
+    def _out(self, call: dict[str, Any]) -> Tensor:
+        starts = call["cum_seq_q"].tolist()
+        lengths = tuple(b - a for a, b in pairwise(starts))
+        assert call["max_q"] == max(lengths) and call["window_size_right"] == 0
+        assert call["is_causal"] is (call["window_size_left"] == -1)
+        look = Look(call["scale"], call["window_size_left"] + 1)
+        qkv = (call["query"], call["key"], call["value"])
+        return reference(qkv, documents=Documents(lengths), look=look)
+
+    def _flash_attention_forward(self, *given: Any, **named: Any) -> tuple[Any, ...]:
+        call = self._bound("_flash_attention_forward", given, named)
+        return self._out(call).to(call["query"].dtype), torch.zeros(1), None, None, None
+
+    def _flash_attention_backward(self, *given: Any, **named: Any) -> tuple[Tensor, ...]:
+        call = self._bound("_flash_attention_backward", given, named)
+        leaves = {name: call[name].detach().requires_grad_() for name in ("query", "key", "value")}
+        with torch.enable_grad():
+            out = self._out(call | leaves)
+        return torch.autograd.grad(out, list(leaves.values()), call["grad_out"].double())
+
+
+@pytest.mark.parametrize("window", [0, 7])
+def test_cudas_kernel_is_called_as_it_wants_to_be(
+    window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    aten = Aten()
+    monkeypatch.setattr(attention, "_runs_on_cudas_kernel", lambda _: True)
+    monkeypatch.setattr(torch.ops, "aten", aten)
+    starts = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    ours, exact = (
+        heads(torch.bfloat16),
+        [x.detach().double().requires_grad_() for x in heads(torch.bfloat16)],
+    )
+    look = Look(E**-0.5, window)
+    out = attend(tuple(ours), documents=Documents(LENGTHS, starts), look=look)
+    truth = reference(tuple(exact), documents=Documents(LENGTHS), look=look)
+    out.sum().backward()
+    truth.sum().backward()
+    for a, b in zip(ours, exact, strict=True):
+        assert a.grad is not None and b.grad is not None
+        assert float((a.grad.double() - b.grad).norm() / b.grad.norm()) < 2e-2
+    assert aten.called[0]["dropout_p"] == 0.0 and aten.called[0]["return_debug_mask"] is False
+
+
+def test_starts_are_made_for_cuda_alone() -> None:
+    assert Documents.on(torch.device("cpu"), [2, 3]).starts is None
+    made = Documents.on(torch.device("meta"), [2, 3])
+    assert made.longest == 3 and [*made.spans()] == [slice(0, 2), slice(2, 5)]

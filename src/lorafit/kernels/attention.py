@@ -90,10 +90,10 @@ def forward(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Te
     """Attention's output [T, H, E], contiguous, and what `backward` needs of it besides: the log
     sums, H floats a token (float32; float64 for float64)."""
     q_THE, k_TGE, v_TGE = qkv
-    if q_THE.is_cuda:
+    if _runs_on_cudas_kernel(q_THE):
         return _flash(qkv, documents=documents, look=look)
-    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype)
-    lse = torch.empty(q_THE.shape[:2].numel(), dtype=accumulating(q_THE.dtype))
+    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
+    lse = q_THE.new_empty(q_THE.shape[:2].numel(), dtype=accumulating(q_THE.dtype))
     flash = _prefers_flash(q_THE, look)
     for span in documents.spans():
         part = _forward_flash if flash else _forward_document
@@ -117,7 +117,7 @@ def backward(
         grads: Where to write them; views of wider rows will do.
     """
     q_THE, k_TGE, v_TGE, out_THE, lse = kept
-    if q_THE.is_cuda:
+    if _runs_on_cudas_kernel(q_THE):
         made = _flash_backward(dout_THE, kept, documents=documents, look=look)
         for grad, computed in zip(grads, made, strict=True):
             grad.copy_(computed)
@@ -175,7 +175,7 @@ def _backward_document(given: tuple[Tensor, ...], grads: tuple[Tensor, ...], *, 
     several = len(q_LHE) > BLOCK
     # blocks are summed in float32; one alone needs no sum
     sums = accumulating(k_GLE.dtype) if several else k_GLE.dtype
-    dk_GLE, dv_GLE = (torch.zeros(k_GLE.shape, dtype=sums) for _ in range(2))
+    dk_GLE, dv_GLE = (torch.zeros_like(k_GLE, dtype=sums) for _ in range(2))
     for block, keys in _blocks(len(q_LHE)):
         q_GRE, dout_GRE = _grouped(q_LHE[block], groups), _grouped(dout_LHE[block], groups)
         scores_GRL = torch.bmm(q_GRE, k_GLE[:, :keys].transpose(1, 2))
@@ -226,8 +226,9 @@ def _masked(scores_GRL: Tensor, *, first: int, look: Look) -> Tensor:
     """Scaled scores, -inf where a key is not seen."""
     rows, keys = scores_GRL.shape[1:]
     queries = keys - first
-    at_R1 = (torch.arange(rows) % queries + first)[:, None]
-    behind_RL = at_R1 - torch.arange(keys)
+    home = scores_GRL.device
+    at_R1 = (torch.arange(rows, device=home) % queries + first)[:, None]
+    behind_RL = at_R1 - torch.arange(keys, device=home)
     unseen_RL = (behind_RL < 0) | ((behind_RL >= look.window) & bool(look.window))
     wide_GRL = scores_GRL.to(accumulating(scores_GRL.dtype)) * look.scale
     return wide_GRL.masked_fill(unseen_RL, -torch.inf)
@@ -239,12 +240,9 @@ def _masked(scores_GRL: Tensor, *, first: int, look: Look) -> Tensor:
 def _prefers_flash(q_THE: Tensor, look: Look) -> bool:
     """Whether torch's kernel is the faster: in float32, where products are what costs and it leaves
     out half of them, and where the softmax would be many passes. It knows no window."""
-    native_pass = native.function("softmax", q_THE) is not None
-    return (
-        not look.window
-        and (q_THE.dtype == torch.float32 or not native_pass)
-        and (q_THE.dtype != torch.float64)
-    )
+    if look.window or q_THE.dtype == torch.float64 or q_THE.device.type != "cpu":
+        return False
+    return q_THE.dtype == torch.float32 or native.function("softmax", q_THE) is None
 
 
 def _batched(x_LHE: Tensor) -> Tensor:
@@ -274,13 +272,18 @@ def _backward_flash(given: tuple[Tensor, ...], grads: tuple[Tensor, ...], *, loo
 # ---- CUDA ----------------------------------------------------------------------------------------
 
 
+def _runs_on_cudas_kernel(q_THE: Tensor) -> bool:
+    """Its flash kernel takes 16 bits alone; wider heads go document by document in products."""
+    return q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16)
+
+
 def _flash(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Tensor]:
     # The operators beneath torch.nn.attention.varlen, whose own signature differs between 2.11
     # and 2.13; these take fewer key heads than query heads as they are.
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         *qkv,
         documents.starts, documents.starts, documents.longest, documents.longest,
-        0.0, True, return_debug_mask=False,
+        0.0, not look.window, False,
         scale=look.scale, window_size_left=look.window - 1, window_size_right=0,
     )  # fmt: skip
     return out, lse
@@ -290,11 +293,12 @@ def _flash_backward(
     dout_THE: Tensor, kept: tuple[Tensor, ...], *, documents: Documents, look: Look
 ) -> tuple[Tensor, Tensor, Tensor]:
     q_THE, k_TGE, v_TGE, out_THE, lse = kept
-    unused = torch.zeros(2, dtype=torch.uint64, device=q_THE.device)  # dropout's random state
+    random_state = torch.zeros(2, dtype=torch.uint64, device=q_THE.device)  # dropout's, which is 0
+    unused = q_THE.new_empty(0)
     return torch.ops.aten._flash_attention_backward(
         dout_THE.contiguous(), q_THE, k_TGE, v_TGE, out_THE, lse,
         documents.starts, documents.starts, documents.longest, documents.longest,
-        0.0, True, unused, unused,
+        0.0, not look.window, random_state, unused,
         scale=look.scale, window_size_left=look.window - 1, window_size_right=0,
     )  # fmt: skip
 
