@@ -167,7 +167,7 @@ class TrainingArguments(Panel):
         "never what it learns.", choices=("packed", "as_given"),
     )  # fmt: skip
     token_budget: int | None = _length(
-        None, "Tokens laid end to end at a time; none: 1024 on a CPU, 8192 on a GPU.",
+        None, "Tokens laid end to end at a time; none: 1024 on a CPU, what fits on a GPU.",
         unit="tokens", span=FROM_1,
     )  # fmt: skip
     max_nonfinite_steps: int = _length(

@@ -9,11 +9,13 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorafit import compat
 from lorafit.arguments import TrainingArguments
 from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
+from lorafit.engine import memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.precision import Precision
 from lorafit.model import base, lora
@@ -23,7 +25,7 @@ from lorafit.model.lora import Drawn
 OURS = (PadCollator, DataCollatorForLanguageModeling)
 TOKENS = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch where nobody says: a layer's rows lie within a CPU's last cache; a GPU
-has room for more, as nothing of size tokens x vocabulary or tokens x tokens is kept."""
+gets as many as its memory holds, this many at most."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def choose(
     why = why or _of_model(model, arguments, plain=plain)
     if why:
         return Packing(seed=seed, notices=(_as_given(why),))
-    drawn, kind = Drawn(), precision.device.type
+    drawn = Drawn()
     try:
         found = runner(
             model,
@@ -94,8 +96,23 @@ def choose(
         )
     except Leaks as leak:
         return Packing(seed=seed, notices=(_as_given(str(leak)),))
-    budget = arguments.token_budget or TOKENS.get(kind, TOKENS["cpu"])
+    budget = arguments.token_budget or _budget(
+        model, precision, arguments=arguments, fused=found.fused
+    )
     return Packing(found, budget, seed, drawn, (found.said,))
+
+
+def _budget(
+    model: nn.Module, precision: Precision, *, arguments: TrainingArguments, fused: bool
+) -> int:
+    """Tokens of a micro-batch: on a GPU no more than its free memory holds."""
+    kind = precision.device.type
+    if kind != "cuda":
+        return TOKENS["cpu"]
+    shape = memory.Shape(**base.shape_of(model, precision.dtype))
+    kept = memory.kept_bytes(shape, recompute=_recompute(arguments))
+    free, _ = torch.cuda.mem_get_info(precision.device)
+    return memory.token_budget(free, kept * (1 if fused else memory.OWN_FORWARD), most=TOKENS[kind])
 
 
 def _as_given(why: str) -> str:
