@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 import lorafit
 from lorafit.data.collate import PadCollator
+from lorafit.engine import precision
 from lorafit.engine.layout import Document, best_fit, packed, unpadded
 from lorafit.errors import DataError
 from tests.parity.side_by_side import CONFIGURATIONS, SMALL
@@ -213,6 +214,30 @@ def test_a_head_that_learns_learns_the_same(head: str, tmp_path: Path) -> None:
     assert runs[1]._packing.runner.fused
     loss, weights = far(*runs)
     assert loss < 1e-6 and weights < 1e-4
+
+
+def test_a_bf16_base_on_a_processor_without_bf16_multiplies_in_fp32(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated, products would be some fifty times as slow. The base's tensors stay bf16."""
+    monkeypatch.setattr(precision, "native_bf16", lambda _: False)
+    model = llama(dtype=torch.bfloat16)
+    before = fingerprint(model, trainable=False)
+    trainer = trained(tmp_path, model)
+    assert trainer._packing.runner.states.dtype == torch.float32
+    assert fingerprint(model, trainable=False) == before
+    padded = trained(tmp_path, llama(dtype=torch.bfloat16), layout="as_given")
+    assert far(padded, trainer)[0] < 2e-2
+    monkeypatch.setattr(precision, "native_bf16", lambda _: True)
+    cpu = precision.Precision(torch.device("cpu"))
+    assert precision.products(cpu, torch.bfloat16) == torch.bfloat16
+    assert precision.products(cpu, torch.float16) == torch.float32
+    autocast = precision.Precision(torch.device("cpu"), torch.bfloat16)
+    assert precision.products(autocast, torch.float32) == torch.bfloat16
+    assert (
+        precision.products(precision.Precision(torch.device("cuda")), torch.float16)
+        == torch.float16
+    )
 
 
 # ---- where it cannot hold

@@ -17,7 +17,7 @@ from lorafit.arguments import TrainingArguments
 from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
 from lorafit.engine import memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
-from lorafit.engine.precision import Precision
+from lorafit.engine.precision import Precision, products
 from lorafit.model import base, lora
 from lorafit.model.documents import Leaks, Runner, runner
 from lorafit.model.lora import Drawn
@@ -89,7 +89,7 @@ def choose(
         found = runner(
             model,
             autocast=precision.autocast,
-            dtype=precision.dtype,
+            dtype=products(precision, base.weights_dtype(model)),
             drawn=drawn,
             recompute=_recompute(arguments),
             smoothing=arguments.label_smoothing_factor,
@@ -109,7 +109,7 @@ def _budget(
     kind = precision.device.type
     if kind != "cuda":
         return TOKENS["cpu"]
-    shape = memory.Shape(**base.shape_of(model, precision.dtype))
+    shape = memory.Shape(**base.shape_of(model, products(precision, base.weights_dtype(model))))
     kept = memory.kept_bytes(shape, recompute=_recompute(arguments))
     free, _ = torch.cuda.mem_get_info(precision.device)
     return memory.token_budget(free, kept * (1 if fused else memory.OWN_FORWARD), most=TOKENS[kind])

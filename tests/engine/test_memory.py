@@ -20,7 +20,7 @@ T = 64
 def kept(model: Any, recompute: str) -> int:
     """Bytes a token that autograd is seen to keep, each tensor once, weights and head left out."""
     found = documents.runner(
-        model, autocast=precision.Precision(torch.device("cpu")).autocast, dtype=None,
+        model, autocast=precision.Precision(torch.device("cpu")).autocast, dtype=torch.float32,
         drawn=Drawn(), recompute=recompute,
     )  # fmt: skip
     sizes: dict[int, int] = {}
@@ -43,7 +43,7 @@ def kept(model: Any, recompute: str) -> int:
 def test_it_is_what_backward_keeps(level: str) -> None:
     """But for x·A, which is small: here with ranks of 4 beside 32 hidden not very."""
     model = model_of("llama")
-    said = kept_bytes(Shape(**base.shape_of(model, None)), recompute=level)
+    said = kept_bytes(Shape(**base.shape_of(model, torch.float32)), recompute=level)
     assert said * 0.95 <= kept(model, level) <= said * 1.35
 
 
@@ -65,7 +65,7 @@ def test_tokens_that_fit(free: int, per_token: int, budget: int) -> None:
 def test_a_gpu_gets_what_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     model, arguments = model_of("llama"), TrainingArguments("out", use_cpu=True)
     cuda = precision.Precision(torch.device("cuda"))
-    per_token = kept_bytes(Shape(**base.shape_of(model, None)))
+    per_token = kept_bytes(Shape(**base.shape_of(model, torch.float32)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2000 * per_token, 0))
     assert packing._budget(model, cuda, arguments=arguments, fused=True) == 512
     assert packing._budget(model, cuda, arguments=arguments, fused=False) == 256

@@ -103,7 +103,7 @@ def end_to_end(model: nn.Module, dtype: torch.dtype | None) -> tuple[Tensor, lis
     found = runner(
         model,
         autocast=lambda: torch.autocast("cpu", torch.bfloat16, enabled=dtype is not None),
-        dtype=dtype,
+        dtype=dtype or torch.float32,
         drawn=Drawn(),
     )
     assert found.fused, found.said

@@ -7,8 +7,8 @@ attention's output, gate and up. Knows no device.
 from dataclasses import dataclass
 
 OWN_FORWARD = 4
-"""A model's own forward is taken to keep so many times as much: counted over what autograd saves of
-transformers' Llama with PEFT it was 1.8 in fp32 and 2.8 to 3.3 in bf16, and there are other models."""
+"""A model's own forward is taken to keep so many times as much: of transformers' Llama with PEFT,
+autograd saves 1.8 times as much in fp32 and 2.8 to 3.3 in bf16, and there are other models."""
 
 
 @dataclass(frozen=True)

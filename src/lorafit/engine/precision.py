@@ -81,6 +81,17 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
+def products(precision: Precision, weights: torch.dtype) -> torch.dtype:
+    """The dtype of matrix products over a base of this dtype: its own, unless autocast asks for
+    another or the processor would have to emulate it, some fifty times as slow as float32."""
+    if precision.dtype is not None:
+        return precision.dtype
+    device = precision.device
+    halves = (torch.bfloat16, torch.float16)
+    emulated = device.type == "cpu" and not (weights == torch.bfloat16 and native_bf16(device))
+    return torch.float32 if weights in halves and emulated else weights
+
+
 def choose(arguments: TrainingArguments, device: torch.device) -> Precision:
     """The precision that `bf16`, `fp16` and `tf32` ask for, as far as `device` has it natively.
 

@@ -231,26 +231,31 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def shape_of(model: nn.Module, dtype: torch.dtype | None) -> dict[str, int]:
+def weights_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype that the base was loaded in."""
+    return unwrap(model).get_input_embeddings().weight.dtype
+
+
+def shape_of(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     """What decides the bytes that a token keeps: `engine.memory.Shape` by name. What the
     configuration does not say is taken as the largest that is usual.
 
     Args:
-        dtype: Of matrix products; None: the weights' own.
+        dtype: Of matrix products.
     """
     base = unwrap(model)
     config = base.config.get_text_config()
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    stream = base.get_input_embeddings().weight.dtype
+    stream = weights_dtype(model)
     return {
         "layers": config.num_hidden_layers,
         "hidden": hidden,
         "queries": heads * width,
         "keys": groups * width,
         "feed_forward": getattr(config, "intermediate_size", None) or 4 * hidden,
-        "products": (dtype or stream).itemsize,
+        "products": dtype.itemsize,
         "stream": stream.itemsize,
     }
 

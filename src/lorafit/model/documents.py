@@ -67,7 +67,7 @@ def runner(
     model: nn.Module,
     *,
     autocast: Autocast,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     drawn: Drawn,
     recompute: str = "none",
     smoothing: float = 0.0,
@@ -76,7 +76,7 @@ def runner(
 
     Args:
         autocast: The context of the model's own forward.
-        dtype: Of matrix products; None: the weights' own.
+        dtype: Of matrix products.
         drawn: Where the model's own LoRA dropouts look for their counters.
         recompute: See `fused.RECOMPUTE`; the model's own forward knows its own way.
         smoothing: Label smoothing, in training only.
@@ -85,13 +85,11 @@ def runner(
         Leaks: neither way is exact.
     """
     base = unwrap(model)
-    weight = base.get_output_embeddings().weight
-    products = dtype or weight.dtype
-    head = _Head(base, products, smoothing=smoothing, autocast=autocast)
+    head = _Head(base, dtype, smoothing=smoothing, autocast=autocast)
     own = _OwnForward(model, autocast=autocast, drawn=drawn)
     why = ""
     try:
-        fused = Decoder(model, products, recompute=recompute)
+        fused = Decoder(model, dtype, recompute=recompute)
         error = prove(model, fused, logits=head.logits, autocast=autocast)
         said = f"layers run fused: largest error of a logit {error:.1e} of the largest"
         return Runner(fused, head.nats, head.each, fused=True, said=said)
