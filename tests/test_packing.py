@@ -60,8 +60,7 @@ def far(one: Any, other: Any) -> tuple[float, float]:
 
 
 def reason(trainer: Any) -> str:
-    (line,) = trainer._packing.notices
-    return line
+    return trainer._packing.notices[0]
 
 
 # ---- the law
@@ -225,6 +224,7 @@ def test_a_bf16_base_on_a_processor_without_bf16_multiplies_in_fp32(
     before = fingerprint(model, trainable=False)
     trainer = trained(tmp_path, model)
     assert trainer._packing.runner.states.dtype == torch.float32
+    assert any("products run in fp32" in line for line in trainer._packing.notices)
     assert fingerprint(model, trainable=False) == before
     padded = trained(tmp_path, llama(dtype=torch.bfloat16), layout="as_given")
     assert far(padded, trainer)[0] < 2e-2
@@ -288,6 +288,17 @@ def test_what_is_not_known_to_be_exact_is_run_as_given(tmp_path: Path) -> None:
     kept = trained(tmp_path, llama(), data_collator=transformers.default_data_collator,
                    train_dataset=[extra[0]] * 4, remove_unused_columns=True)  # fmt: skip
     assert kept._packing.layout == "packed"
+
+
+def test_what_acts_on_nothing_is_said(tmp_path: Path) -> None:
+    given = {"recompute": "half", "token_budget": 50}
+    padded = trained(tmp_path, llama(), layout="as_given", **given)
+    assert [line.split()[0] for line in padded._packing.notices] == [
+        "recompute='half'", "token_budget",
+    ]  # fmt: skip
+    own = trained(tmp_path, model_of("gemma"), **given)
+    assert any("recompute='half' acts on fused layers alone" in n for n in own._packing.notices)
+    assert len(trained(tmp_path, llama(), **given)._packing.notices) == 1
 
 
 def test_rows_with_more_than_ids_are_run_as_given(tmp_path: Path) -> None:

@@ -80,43 +80,64 @@ def choose(
     why = _of_data(collator, first=first, replaced=replaced)
     seed = arguments.seed if not why and lora.drops(model) else None
     if arguments.layout == "as_given":
-        return Packing(seed=seed)
+        return Packing(seed=seed, notices=_idle(arguments, packed=False, fused=False))
     why = why or _of_model(model, arguments, plain=plain)
-    if why:
-        return Packing(seed=seed, notices=(_as_given(why),))
-    drawn = Drawn()
+    drawn, dtype = Drawn(), torch.float32
     try:
+        if why:
+            raise Leaks(why)
+        dtype = products(precision, base.weights_dtype(model))
         found = runner(
             model,
             autocast=precision.autocast,
-            dtype=products(precision, base.weights_dtype(model)),
+            dtype=dtype,
             drawn=drawn,
             recompute=_recompute(arguments),
             smoothing=arguments.label_smoothing_factor,
         )
     except Leaks as leak:
-        return Packing(seed=seed, notices=(_as_given(str(leak)),))
-    budget = arguments.token_budget or _budget(
-        model, precision, arguments=arguments, fused=found.fused
+        said = f"micro-batches are run as given: {leak}"
+        return Packing(seed=seed, notices=(said, *_idle(arguments, packed=False, fused=False)))
+    notices = (found.said, *_idle(arguments, packed=True, fused=found.fused))
+    if found.fused and precision.dtype is None and dtype != base.weights_dtype(model):
+        notices = (*notices, _EMULATED)
+    budget = _budget(model, dtype, arguments=arguments, fused=found.fused)
+    return Packing(found, budget, seed, drawn, notices)
+
+
+_EMULATED = (
+    "16-bit weights on a processor that does not multiply 16 bits itself: products run in fp32, on "
+    "copies of the projections"
+)
+
+
+def _idle(arguments: TrainingArguments, *, packed: bool, fused: bool) -> tuple[str, ...]:
+    """A line for each argument that was given and acts on nothing in this run."""
+    recompute = (
+        f"recompute={arguments.recompute!r} acts on fused layers alone; gradient_checkpointing "
+        "lets any model make its layers again"
     )
-    return Packing(found, budget, seed, drawn, (found.said,))
+    budget = "token_budget acts where examples are packed"
+    said = {
+        recompute: arguments.recompute not in ("auto", "none") and not fused,
+        budget: arguments.token_budget is not None and not packed,
+    }
+    return tuple(line for line, idle in said.items() if idle)
 
 
 def _budget(
-    model: nn.Module, precision: Precision, *, arguments: TrainingArguments, fused: bool
+    model: nn.Module, dtype: torch.dtype, *, arguments: TrainingArguments, fused: bool
 ) -> int:
-    """Tokens of a micro-batch: on a GPU no more than its free memory holds."""
-    kind = precision.device.type
-    if kind != "cuda":
-        return TOKENS["cpu"]
-    shape = memory.Shape(**base.shape_of(model, products(precision, base.weights_dtype(model))))
+    """Tokens of a micro-batch: as asked for, else on a GPU no more than its free memory holds."""
+    device = arguments.device
+    if arguments.token_budget or device.type != "cuda":
+        return arguments.token_budget or TOKENS["cpu"]
+    shape = memory.Shape(**base.shape_of(model, dtype))
     kept = memory.kept_bytes(shape, recompute=_recompute(arguments))
-    free, _ = torch.cuda.mem_get_info(precision.device)
-    return memory.token_budget(free, kept * (1 if fused else memory.OWN_FORWARD), most=TOKENS[kind])
-
-
-def _as_given(why: str) -> str:
-    return f"micro-batches are run as given: {why}"
+    free, _ = torch.cuda.mem_get_info(device)
+    return memory.token_budget(
+        free, kept * (1 if fused else memory.OWN_FORWARD), most=TOKENS["cuda"]
+    )
 
 
 def _recompute(arguments: TrainingArguments) -> str:

@@ -63,11 +63,16 @@ def test_tokens_that_fit(free: int, per_token: int, budget: int) -> None:
 
 
 def test_a_gpu_gets_what_its_memory_holds(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, arguments = model_of("llama"), TrainingArguments("out", use_cpu=True)
-    cuda = precision.Precision(torch.device("cuda"))
+    model = model_of("llama")
     per_token = kept_bytes(Shape(**base.shape_of(model, torch.float32)))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2000 * per_token, 0))
-    assert packing._budget(model, cuda, arguments=arguments, fused=True) == 512
-    assert packing._budget(model, cuda, arguments=arguments, fused=False) == 256
-    cpu = precision.Precision(torch.device("cpu"))
-    assert packing._budget(model, cpu, arguments=arguments, fused=True) == 1024
+
+    def budget(device: str, *, fused: bool = True, **given: Any) -> int:
+        monkeypatch.setattr(TrainingArguments, "device", torch.device(device))
+        arguments = TrainingArguments("out", **given)
+        return packing._budget(model, torch.float32, arguments=arguments, fused=fused)
+
+    assert budget("cuda") == 512
+    assert budget("cuda", fused=False) == 256
+    assert budget("cuda", token_budget=77) == 77
+    assert budget("cpu") == 1024
