@@ -26,7 +26,7 @@ demo: .venv/.runtime  ## train the embedded model on real questions, offline, an
 	$(BIN)/lorafit demo --overwrite
 
 test: .venv/.dev  ## run the tests: minutes, no network, no GPU
-	$(BIN)/pytest -q -m 'not gpu and not slow'
+	$(BIN)/pytest -q -n 2 -m 'not gpu and not slow'
 
 check: .venv/.dev  ## look, change nothing: format, lint, types, imports, the house's numbers
 	$(BIN)/ruff format --check $(CODE)

@@ -92,6 +92,15 @@ def test_dropout_drops(tmp_path: Path) -> None:
     assert far(runs[1], trained(tmp_path, model_of("llama", dropout=0.2), seed=4))[0] > 1e-5
 
 
+def test_flattened_batches_draw_by_document(tmp_path: Path) -> None:
+    given = {"data_collator": transformers.DataCollatorWithFlattening()}
+    runs = [
+        trained(tmp_path, model_of("llama", dropout=0.2), layout=layout, **given)
+        for layout in ("as_given", "packed")
+    ]
+    assert runs[1]._packing.layout == "packed" and far(*runs)[0] < 1e-6
+
+
 def test_steps_draw_other_masks() -> None:
     batch = PadCollator(0)(plain(3))
     draws = [packed([batch], budget=99, draw=draw)[0].drawn for draw in ((0, 1), (0, 2), (1, 1))]

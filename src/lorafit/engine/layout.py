@@ -92,7 +92,7 @@ def as_given(
     made = [_micro_batch(batch, shifted=shifted) for batch in batches]
     if draw is None:
         return made
-    firsts = accumulate((batch.rows for batch in made), initial=0)
+    firsts = accumulate((_examples(batch) for batch in made), initial=0)
     return [
         replace(batch, drawn=_drawn(batch, first, draw=draw))
         for batch, first in zip(made, firsts, strict=False)
@@ -100,12 +100,22 @@ def as_given(
 
 
 def _drawn(batch: MicroBatch, first: int, *, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Keys and positions of a padded batch whose first row is the step's `first` example."""
+    """Keys and positions of a batch that begins with the step's `first` example."""
     ids_BT = batch.inputs["input_ids"]
+    numbers = range(first, first + _examples(batch))
+    keys = torch.tensor([example_key(draw, number) for number in numbers])
+    if "position_ids" in batch.inputs:  # flattened: a document begins where they are 0
+        places = batch.inputs["position_ids"].flatten()
+        return keys[(places == 0).cumsum(0) - 1], places
     mask_BT = batch.inputs.get("attention_mask", torch.ones_like(ids_BT))
-    keys = torch.tensor([example_key(draw, first + row) for row in range(batch.rows)])
     places_BT = (mask_BT.cumsum(1) - 1).clamp(min=0)
     return keys[:, None].expand_as(ids_BT).flatten(), places_BT.flatten()
+
+
+def _examples(batch: MicroBatch) -> int:
+    """Rows, or the documents of a flattened batch."""
+    starts = batch.inputs.get("position_ids")
+    return batch.rows if starts is None else int((starts == 0).sum())
 
 
 def _rows(value: Any) -> int:

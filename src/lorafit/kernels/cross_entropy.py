@@ -90,6 +90,10 @@ CHUNK = {"cpu": 32 << 20, "cuda": 256 << 20}
 """Bytes of logits at a time: within a CPU's last cache, and enough rows for a GPU's products."""
 
 
+_LIFT = 4096.0
+"""float16 cannot tell probabilities below 6e-8 from 0; their gradients are stored times this."""
+
+
 def linear_nats(hidden_ND: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
     """Negative log-likelihood in nats of `hidden_ND @ head.T`, summed: a float32 scalar (float64
     for float64) whose backward is that of `hidden_ND` alone."""
@@ -124,7 +128,8 @@ class _LinearNats(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         (dhidden_ND,) = ctx.saved_tensors
         wide_ND = dhidden_ND.to(accumulating(dhidden_ND.dtype))
-        return (wide_ND * grads[0]).to(ctx.dtype), None, None
+        lowered = grads[0] / _LIFT if dhidden_ND.dtype == torch.float16 else grads[0]
+        return (wide_ND * lowered).to(ctx.dtype), None, None
 
 
 def _chunks(hidden_ND: Tensor, targets_N: Tensor, *, head: Head) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,6 +149,10 @@ def _nats_(logits_NV: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
     """Nats of each row [N]; the logits become the gradient of their sum."""
     call = native.function("cross_entropy", logits_NV)
     if call:
+        if len(targets_N) and not 0 <= int(targets_N.min()) <= int(targets_N.max()) < len(
+            logits_NV[0]
+        ):  # C++ would read what lies beside the row
+            raise IndexError(f"A label lies outside the vocabulary of {len(logits_NV[0])} tokens.")
         nats_N = torch.empty(len(logits_NV), dtype=torch.float32)
         call(logits_NV, targets_N, nats_N, *logits_NV.shape, head.smoothing, head.softcap)
         return nats_N
@@ -157,5 +166,5 @@ def _nats_(logits_NV: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
     grad_NV.scatter_add_(1, hit_N1, grad_NV.new_full(hit_N1.shape, head.smoothing - 1))
     if head.softcap:
         grad_NV *= 1 - (wide_NV / head.softcap).square()
-    logits_NV.copy_(grad_NV)
+    logits_NV.copy_(grad_NV * _LIFT if logits_NV.dtype == torch.float16 else grad_NV)
     return nats_N

@@ -26,6 +26,10 @@ RECOMPUTE = ("none", "mlp", "half", "layer")
 """What backward makes again: nothing but norms and products of elements; gate and up; q, k and v
 besides; the whole layer but its input."""
 
+_KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
+"""Read line by line. Others of the same structure are proven in float32, where nothing hides."""
+
+_HALVES = (torch.bfloat16, torch.float16)
 _DECODER = {"embed_tokens", "layers", "norm", "rotary_emb"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -66,6 +70,8 @@ class Decoder:
     def __init__(self, model: nn.Module, dtype: torch.dtype, *, recompute: str = "none") -> None:
         self.decoder: Any = decoder_of(model)
         self.dtype, self.recompute = dtype, recompute
+        if dtype in _HALVES and type(self.decoder).__name__ not in _KNOWN:
+            raise Unfit(f"rounding to 16 bits could hide how {type(self.decoder).__name__} differs")
         _check(model, self.decoder)
         self._layers: list[_Layer] = []
         self._sources: list[Tensor] = []
@@ -151,6 +157,8 @@ def _check_layer(layer: Any) -> None:
         raise Unfit(f"{type(layer).__name__} is not built like Llama's")
     if "SiLU" not in type(layer.mlp.act_fn).__name__:
         raise Unfit(f"{type(layer.mlp).__name__} is not SwiGLU")
+    if not (hasattr(layer.self_attn, "scaling") and hasattr(layer.self_attn, "head_dim")):
+        raise Unfit(f"{type(layer.self_attn).__name__} does not say how it scales")
     for norm in _norms(layer):
         if not hasattr(norm, "variance_epsilon") or norm.weight.requires_grad:
             raise Unfit(f"{type(norm).__name__} is not a frozen RMSNorm as Llama's")
