@@ -99,8 +99,8 @@ HABITS = (
      "`on_substep_end` is called as often either way"),
     ("`include_num_input_tokens_seen='all'`", "different", "counts the tokens that were run: "
      "packed rows have no padding"),
-    ("forward hooks", "same", "on the whole model: batches are run as given. A watched layer is "
-     "run by its own forward, on packed rows"),
+    ("hooks on modules", "same", "a model that is watched when a run begins sees your batches, run "
+     "as given"),
     ("noise, data order, the base's own dropout", "same", "from the same random numbers in the "
      "same order; not where a collator draws some too, as accelerate reads one batch ahead"),
     ("LoRA's dropout", "different", "from counters, so that the layout does not change it; from "

@@ -191,19 +191,51 @@ def test_a_base_that_a_callback_edits_is_seen(tmp_path: Path) -> None:
 
 
 def test_an_adapter_that_shares_a_layer_is_left_to_the_model(tmp_path: Path) -> None:
-    """DoRA, an adapter on the head, a module that is watched: their own forward, packed."""
+    """DoRA: its own forward, packed."""
     dora = get_peft_model(
         transformers.LlamaForCausalLM(CONFIGS["llama"]()),
         LoraConfig(r=2, use_dora=True, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     )
-    watched = model_of("llama")
-    seen: list[int] = []
-    layer = watched.get_base_model().model.layers[0].mlp
-    layer.register_forward_hook(lambda *_: seen.append(1))
-    for model in (dora, watched):
-        trainer = trained(tmp_path, model)
-        assert trainer._packing.layout == "packed" and not trainer._packing.runner.fused
-    assert seen
+    trainer = trained(tmp_path, dora)
+    assert trainer._packing.layout == "packed" and not trainer._packing.runner.fused
+
+
+@pytest.mark.parametrize("where", ["argument", "model"])
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_recomputation_by_the_model_changes_nothing(name: str, where: str, tmp_path: Path) -> None:
+    """A layer that runs again in backward must find the documents; fused layers make themselves
+    again, others are run as given."""
+    plain_run, again = model_of(name), model_of(name)
+    given: dict[str, Any] = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    if where == "argument":
+        given["gradient_checkpointing"] = True
+    else:
+        again.gradient_checkpointing_enable(given.pop("gradient_checkpointing_kwargs"))
+        again.enable_input_require_grads()
+    runs = [trained(tmp_path, plain_run), trained(tmp_path, again, **given)]
+    assert runs[1]._packing.layout == ("packed" if name == "llama" else "as_given")
+    loss, weights = far(*runs)
+    assert loss < 1e-6 and weights < 1e-4
+
+
+def test_what_becomes_of_the_adapter_after_training_is_seen(tmp_path: Path) -> None:
+    """Disabled, merged, scaled: evaluation is of the model as it is then."""
+    runs = {}
+    for layout in ("as_given", "packed"):
+        trainer = trained(tmp_path, model_of("llama"), layout=layout)
+        model = trainer.model
+        found = [trainer.evaluate()["eval_loss"]]
+        with model.disable_adapter():
+            found.append(trainer.evaluate()["eval_loss"])
+        model.get_base_model().model.layers[0].mlp.up_proj.scaling["default"] *= 9
+        found.append(trainer.evaluate()["eval_loss"])
+        model.merge_adapter()
+        found.append(trainer.evaluate()["eval_loss"])
+        model.unmerge_adapter()
+        found.append(trainer.evaluate()["eval_loss"])
+        runs[layout] = found
+    assert len(set(runs["packed"])) >= 3
+    assert runs["packed"] == pytest.approx(runs["as_given"], rel=1e-5)
 
 
 @pytest.mark.parametrize("head", ["adapted", "trained"])
@@ -232,7 +264,7 @@ def test_a_bf16_base_on_a_processor_without_bf16_multiplies_in_fp32(
     model = llama(dtype=torch.bfloat16)
     before = fingerprint(model, trainable=False)
     trainer = trained(tmp_path, model)
-    assert trainer._packing.runner.states.dtype == torch.float32
+    assert trainer._packing.runner.states.fused.dtype == torch.float32
     assert any("products run in fp32" in line for line in trainer._packing.notices)
     assert fingerprint(model, trainable=False) == before
     padded = trained(tmp_path, llama(dtype=torch.bfloat16), layout="as_given")
@@ -279,9 +311,9 @@ def test_what_is_not_known_to_be_exact_is_run_as_given(tmp_path: Path) -> None:
         return batch | {"position_ids": torch.zeros_like(batch["input_ids"])}
 
     watched = llama()
-    watched.register_forward_hook(lambda *_: None)
+    watched.get_base_model().model.embed_tokens.register_forward_hook(lambda *_: None)
     cases: dict[str, dict[str, Any]] = {
-        "the whole model's forward is watched": {"model": watched},
+        "a module's forward is watched": {"model": watched},
         "compute_loss is yours": {"kind": Loss},
         "what Mine makes of a row may depend": {"data_collator": Mine(0)},
         "what stack makes of a row may depend": {"data_collator": stack},

@@ -92,9 +92,11 @@ def choose(
             autocast=precision.autocast,
             dtype=dtype,
             drawn=drawn,
-            recompute=_recompute(arguments),
-            smoothing=arguments.label_smoothing_factor,
+            recompute=_recompute(arguments, model),
+            smoothing=float(arguments.label_smoothing_factor),
         )
+        if not found.fused and _recompute(arguments, model) == "layer":
+            raise Leaks("layers that run again in backward would look for documents in vain")
     except Leaks as leak:
         said = f"micro-batches are run as given: {leak}"
         return Packing(seed=seed, notices=(said, *_idle(arguments, packed=False, fused=False)))
@@ -133,17 +135,17 @@ def _budget(
     if arguments.token_budget or device.type != "cuda":
         return arguments.token_budget or TOKENS["cpu"]
     shape = memory.Shape(**base.shape_of(model, dtype))
-    kept = memory.kept_bytes(shape, recompute=_recompute(arguments))
+    kept = memory.kept_bytes(shape, recompute=_recompute(arguments, model))
     free, _ = torch.cuda.mem_get_info(device)
     return memory.token_budget(
         free, kept * (1 if fused else memory.OWN_FORWARD), most=TOKENS["cuda"]
     )
 
 
-def _recompute(arguments: TrainingArguments) -> str:
+def _recompute(arguments: TrainingArguments, model: nn.Module) -> str:
     asked = arguments.recompute
-    automatic = "layer" if arguments.gradient_checkpointing else "none"
-    return automatic if asked == "auto" else asked
+    again = arguments.gradient_checkpointing or base.recomputes(model)
+    return ("layer" if again else "none") if asked == "auto" else asked
 
 
 def _of_data(collator: Any, *, first: Callable[[], Any], replaced: Collection[str]) -> str:
@@ -165,7 +167,9 @@ def _of_model(model: nn.Module, arguments: TrainingArguments, *, plain: bool) ->
     if not plain:
         return "the model's loss is not plain causal cross entropy"
     reasons = {
-        "the whole model's forward is watched": base.is_watched(model),
+        "a module's forward is watched": base.is_watched(model),
+        "the adapter works above the base": lora.passes_through_peft(model),
+        "the rotary embedding follows the batch": base.rotary_follows_batch(model),
         "the base drops activations by itself": lora.base_drops(model),
         "NEFTune draws its noise by batch": bool(arguments.neftune_noise_alpha),
         "torch_compile compiles the model's own forward": arguments.torch_compile,

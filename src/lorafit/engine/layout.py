@@ -90,7 +90,7 @@ def as_given(
         draw: See `packed`.
     """
     made = [_micro_batch(batch, shifted=shifted) for batch in batches]
-    if draw is None:
+    if draw is None or not all(is_plain(batch.inputs) for batch in made):
         return made
     firsts = accumulate((_examples(batch) for batch in made), initial=0)
     return [

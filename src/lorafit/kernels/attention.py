@@ -273,7 +273,7 @@ def _backward_flash(given: tuple[Tensor, ...], grads: tuple[Tensor, ...], *, loo
 
 
 def _runs_on_cudas_kernel(q_THE: Tensor) -> bool:
-    """Its flash kernel takes 16 bits alone; wider heads go document by document in products."""
+    """Its flash kernel takes 16 bits alone; wider numbers go document by document in products."""
     return q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16)
 
 

@@ -99,7 +99,7 @@ class _Node(torch.autograd.Function):
         )
         ctx.how = half, around, joined
         ctx.save_for_backward(x_TD, out_THE, lse, xa_TR, *(made if keeps else (None, None)))
-        return o_TD.add_(x_TD) if o_TD.dtype == x_TD.dtype else x_TD + o_TD
+        return o_TD.add_(x_TD) if o_TD.dtype == x_TD.dtype else (x_TD + o_TD).to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable

@@ -76,7 +76,8 @@ def rotate_(x_THE: Tensor, rotary: tuple[Tensor, Tensor], *, inverse: bool = Fal
     """
     cosine_TE, sine_TE = rotary
     tokens, heads, width = x_THE.shape
-    call = native.function("rotate", x_THE) if x_THE.stride()[1:] == (width, 1) else None
+    fits = x_THE.stride()[1:] == (width, 1) and cosine_TE.shape == (tokens, width)
+    call = native.function("rotate", x_THE) if fits else None
     if call and cosine_TE.dtype == torch.float32:
         begin = torch.as_strided(x_THE, (1,), (1,))  # the rows are contiguous, the view is not
         sizes = (tokens, x_THE.stride(0), heads, width, int(inverse))

@@ -71,7 +71,7 @@ class _Node(torch.autograd.Function):
         y_TD, xa_down_TR = lora.forward(h_TF, half.down, joined=joined[1], counters=counters)
         ctx.how = half, counters, dtype, joined
         ctx.save_for_backward(x_TD, xa_down_TR, *((both_T2F, xa_TR) if keeps else (None, None)))
-        return y_TD.add_(x_TD) if y_TD.dtype == x_TD.dtype else x_TD + y_TD
+        return y_TD.add_(x_TD) if y_TD.dtype == x_TD.dtype else (x_TD + y_TD).to(x_TD.dtype)
 
     @staticmethod
     @once_differentiable

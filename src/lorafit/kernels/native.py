@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -28,6 +28,21 @@ FLAGS = (
 )
 COMPILER_SECONDS = 120
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "u": ctypes.c_uint32, "f": ctypes.c_float}
+SIGNATURES = MappingProxyType(
+    {
+        "rms_norm": "ppppiif",
+        "rms_norm_backward": "ppppppii",
+        "rotate": "pppiiiii",
+        "swiglu": "ppii",
+        "swiglu_backward": "pppii",
+        "softmax": "ppiiiiif",
+        "softmax_backward": "pppiiiiif",
+        "cross_entropy": "pppiiff",
+        "dropout": "ppppiiuf",
+    }
+)
+"""What each function takes: pointers, int64, uint32, float; native.cpp's own order."""
 
 Call = Callable[..., None]
 
@@ -40,18 +55,19 @@ def function(name: str, *tensors: Tensor) -> Call | None:
     suffixes = [_SUFFIX.get(tensor.dtype) for tensor in tensors if tensor.device.type == "cpu"]
     if len(suffixes) != len(tensors) or None in suffixes:
         return None
-    library = load()
-    symbol = "_".join([name, *map(str, suffixes)])
-    return None if library is None else _wrapped(library, symbol)
+    return _wrapped(name, "_".join(map(str, suffixes)))
 
 
 @cache
-def _wrapped(library: ctypes.CDLL, symbol: str) -> Call | None:
+def _wrapped(name: str, suffix: str) -> Call | None:
+    library = load()
+    if library is None:
+        return None
     try:
-        bare = library[symbol]
+        bare = library[f"{name}_{suffix}"]
     except AttributeError:  # a pair of dtypes that nobody needs
         return None
-    bare.restype = None
+    bare.restype, bare.argtypes = None, [_TYPES[kind] for kind in SIGNATURES[name]]
 
     def call(*given: Tensor | int | float | None) -> None:
         bare(*[_converted(value) for value in given])
@@ -59,13 +75,11 @@ def _wrapped(library: ctypes.CDLL, symbol: str) -> Call | None:
     return call
 
 
-def _converted(value: Tensor | int | float | None) -> Any:
-    if isinstance(value, Tensor):
-        assert value.is_contiguous()
-        return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
-    return ctypes.c_void_p(None) if value is None else ctypes.c_int64(value)
+def _converted(value: Tensor | int | float | None) -> int | float | None:
+    if not isinstance(value, Tensor):
+        return value
+    assert value.is_contiguous()
+    return value.data_ptr()
 
 
 @cache
@@ -75,12 +89,21 @@ def load() -> ctypes.CDLL | None:
     compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
     if os.environ.get("LORAFIT_NATIVE") == "0" or compiler is None:
         return None
-    made = _home() / f"native-{_key(compiler)}.so"
     try:
+        made = _home() / f"native-{_key(compiler)}.so"
         if not made.exists():
             _compile(compiler, made)
+        return _opened(made) or _opened(_compile(compiler, made))
+    # an old compiler, a folder that may not execute, a system that knows no owners of files
+    except (OSError, AttributeError, subprocess.SubprocessError):
+        return None
+
+
+def _opened(made: Path) -> ctypes.CDLL | None:
+    """The library; None where the file is broken."""
+    try:
         return ctypes.CDLL(str(made))
-    except (OSError, subprocess.SubprocessError):  # an old compiler, a folder that may not execute
+    except OSError:
         return None
 
 
@@ -90,7 +113,9 @@ def _home() -> Path:
     home = base / "lorafit" / "native"
     try:
         home.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if home.stat().st_uid == os.getuid() and os.access(home, os.W_OK):
+        found = home.stat()
+        ours = found.st_uid == os.getuid() and not found.st_mode & 0o022
+        if ours and os.access(home, os.W_OK):
             return home
     except OSError:
         pass
@@ -103,15 +128,18 @@ def _key(compiler: str) -> str:
         [compiler, "--version"], capture_output=True, text=True, timeout=10, check=False
     )
     cpu = Path("/proc/cpuinfo")
-    flags = [line for line in cpu.read_text().splitlines() if line.startswith(("flags", "Feat"))]
+    lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
+    flags = [line for line in lines if line.startswith(("flags", "Feat"))]
     parts = [SOURCE.read_text(), *FLAGS, said.stdout, torch.__version__, *flags[:1]]
     return hashlib.sha256("\n".join([*parts, platform.machine()]).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, made: Path) -> None:
+def _compile(compiler: str, made: Path) -> Path:
     # torch's own OpenMP, so that both use one pool of threads: two would fight for the cores
     threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
-    partial = made.with_name(f"{made.name}.{os.getpid()}")
-    command = [compiler, *FLAGS, str(SOURCE), "-o", str(partial), *map(str, threads[:1])]
+    handle, partial = tempfile.mkstemp(dir=made.parent)
+    os.close(handle)
+    command = [compiler, *FLAGS, str(SOURCE), "-o", partial, *map(str, threads[:1])]
     subprocess.run(command, capture_output=True, timeout=COMPILER_SECONDS, check=True)
-    partial.replace(made)  # whole or not there, whoever else compiles at the same time
+    os.replace(partial, made)  # whole or not there, whoever else compiles at the same time
+    return made

@@ -130,19 +130,28 @@ def decoder_of(model: nn.Module) -> Any:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody looks at the module's forward or backward, or has replaced it."""
-    hooks = (
-        *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
-        *("_forward_hooks_with_kwargs",),
-    )
-    return any(getattr(module, name) for name in hooks) or "forward" in vars(module)
+    """Whether somebody looks at the module's forward or backward, or has replaced it; the hook by
+    which transformers lets embeddings require a gradient does not count."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [hook for name in names for hook in getattr(module, name).values()]
+    odd = [h for h in hooks if getattr(h, "__name__", "") != "make_inputs_require_grads"]
+    return bool(odd) or "forward" in vars(module)
 
 
 def is_watched(model: nn.Module) -> bool:
-    """Whether somebody looks at the whole model's forward, above its decoder and head."""
-    decoder, head = decoder_of(model), unwrap(model).get_output_embeddings()
-    beneath = {id(module) for part in (decoder, head) for module in part.modules()}
-    return any(is_hooked(module) for module in model.modules() if id(module) not in beneath)
+    """Whether any of its modules `is_hooked`."""
+    return any(is_hooked(module) for module in model.modules())
+
+
+def recomputes(model: nn.Module) -> bool:
+    """Whether somebody has told the model to make its activations again in backward."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def rotary_follows_batch(model: nn.Module) -> bool:
+    """Whether positions are rotated by what the longest one in a batch is, not by themselves."""
+    kinds = {getattr(module, "rope_type", None) for module in model.modules()}
+    return not kinds.isdisjoint(("dynamic", "longrope"))
 
 
 def is_plain_causal(model: nn.Module) -> bool:

@@ -92,12 +92,27 @@ def runner(
         fused = Decoder(model, dtype, recompute=recompute)
         error = prove(model, fused, logits=head.logits, autocast=autocast)
         said = f"layers run fused: largest error of a logit {error:.1e} of the largest"
-        return Runner(fused, head.nats, head.each, fused=True, said=said)
+        return Runner(_Either(fused, own), head.nats, head.each, fused=True, said=said)
     except (Unfit, Leaks) as unfit:
         why = str(unfit)
     error = prove(model, own, logits=head.logits, autocast=autocast)
     said = f"layers run by the model's own forward, as {why}; error {error:.1e}"
     return Runner(own, head.nats, head.each, fused=False, said=said)
+
+
+@dataclass(frozen=True)
+class _Either:
+    """The kernels, or the model's own forward while it is something that they cannot run, such as a
+    model whose adapter is merged for the moment."""
+
+    fused: Decoder
+    own: "_OwnForward"
+
+    def __call__(self, *tokens: Tensor, **how: Any) -> Tensor:
+        try:
+            return self.fused(*tokens, **how)
+        except Unfit:
+            return self.own(*tokens, **how)
 
 
 class _OwnForward:
@@ -143,7 +158,7 @@ class _Head:
         weight: Any = self.module.weight
         if weight.dtype == self.dtype:
             return Head(weight.detach(), self.softcap, smoothing)
-        seen = (id(weight), weight._version)
+        seen = (id(weight), weight.data_ptr(), weight._version)
         if self._copy is None or self._copy[0] != seen:
             self._copy = seen, weight.detach().to(self.dtype)
         return Head(self._copy[1], self.softcap, smoothing)
@@ -213,7 +228,7 @@ def prove(
             )
             packed = logits(_packed_states(states, (first, second)))
             beside = logits(_packed_states(states, (other, second)))
-    except (Unfit, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except _FAILURES as error:
         raise Leaks(f"its forward does not take packed documents ({error})") from error
     leak = (packed[len(first) :] - beside[len(first) :]).abs().max() / alone.abs().max()
     error = float((packed - alone).abs().max() / alone.abs().max())
@@ -223,6 +238,12 @@ def prove(
         raise Leaks(f"packed documents are off by {error:.1e}, leaking {float(leak):.1e}")
     return error
 
+
+_FAILURES = (
+    *(Unfit, RuntimeError, TypeError, ValueError, LookupError, AttributeError),
+    *(AssertionError, OSError),
+)
+"""What a forward that was not made for packed rows may raise."""
 
 _HALVES = (torch.bfloat16, torch.float16)
 _TOLERANCE, _TOLERANCE_16, _LEAK = 1e-5, 1e-1, 1e-6

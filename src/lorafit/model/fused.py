@@ -74,8 +74,7 @@ class Decoder:
             raise Unfit(f"rounding to 16 bits could hide how {type(self.decoder).__name__} differs")
         _check(model, self.decoder)
         self._layers: list[_Layer] = []
-        self._sources: list[Tensor] = []
-        self._seen: list[int] = []
+        self._seen: list[Any] = []
         self._refresh()
 
     def __call__(
@@ -123,13 +122,17 @@ class Decoder:
         )  # fmt: skip
 
     def _refresh(self) -> None:
-        """Take up weights that somebody has changed in place since they were looked at."""
-        if self._layers and self._seen == [weight._version for weight in self._sources]:
-            return
+        """Take up what somebody has changed since it was looked at: weights, which adapter is
+        active or merged, its scale and dropout.
+
+        Raises:
+            Unfit: the kernels cannot run what the model has become.
+        """
         layers = self.decoder.layers
+        if self._seen == [sign for layer in layers for sign in _signs(layer)]:
+            return
         self._layers = [_taken(layer, at, dtype=self.dtype) for at, layer in enumerate(layers)]
-        self._sources = [weight for layer in layers for weight in _frozen(layer)]
-        self._seen = [weight._version for weight in self._sources]
+        self._seen = [sign for layer in layers for sign in _signs(layer)]  # now side by side
 
 
 class Unfit(Exception):
@@ -180,15 +183,17 @@ def _norms(layer: Any) -> Iterator[nn.Module]:
     yield from (n for name, n in layer.self_attn.named_children() if name in ("q_norm", "k_norm"))
 
 
-def _frozen(layer: Any) -> Iterator[Tensor]:
-    """Every frozen tensor that `_taken` reads."""
+def _signs(layer: Any) -> Iterator[Any]:
+    """What changes when something that `_taken` reads does."""
     for module in _modules(layer):
         projection = lora_linear(module)
-        assert projection is not None
-        yield projection.linear.weight
-        if projection.linear.bias is not None:
-            yield projection.linear.bias
-    yield from (norm.weight for norm in _norms(layer))  # type: ignore[misc]
+        if projection is None or is_hooked(module):
+            raise Unfit(f"a {type(module).__name__} is not plain LoRA over a frozen layer any more")
+        yield projection
+        for tensor in projection.linear.parameters(recurse=False):
+            yield id(tensor), tensor.data_ptr(), tensor._version
+    for norm in _norms(layer):
+        yield from (weight._version for weight in norm.parameters())
 
 
 def _taken(layer: Any, number: int, *, dtype: torch.dtype) -> _Layer:
@@ -242,7 +247,7 @@ def _side_by_side(
     )
     return Layers(
         _joint(weights, dtype=dtype),
-        torch.cat([bias.detach().to(dtype) for bias in biases]) if biases else None,
+        torch.cat([bias.detach() for bias in biases]).to(dtype) if biases else None,
         tuple(linear.out_features for linear in linears),
         tuple(adapters),
     )

@@ -74,10 +74,11 @@ class CountedDropout(nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """`input` [..., D], its leading axes flattened being the counters' tokens."""
-        if not self.training or self.drawn.counters is None:
+        counters, rows = self.drawn.counters, input.reshape(-1, input.shape[-1])
+        # those of another batch where somebody runs the model by himself
+        if not self.training or counters is None or len(counters.keys_T) != len(rows):
             return super().forward(input)
-        rows = drop(input.reshape(-1, input.shape[-1]), self.adapter, counters=self.drawn.counters)
-        return rows.view(input.shape)
+        return drop(rows, self.adapter, counters=counters).view(input.shape)
 
 
 @dataclass
@@ -94,17 +95,18 @@ def counting_dropout(model: nn.Module, drawn: Drawn) -> Generator[None]:
     swapped: list[tuple[nn.ModuleDict, str, nn.Module]] = []
     for name, module in decoder.named_modules() if decoder is not None else ():
         drops = getattr(module, "lora_dropout", None)
-        for key, module in [*drops.items()] if isinstance(drops, nn.ModuleDict) else ():
-            if type(module) is nn.Dropout:
-                assert isinstance(drops, nn.ModuleDict)
-                swapped.append((drops, key, module))
-                counted = CountedDropout(module.p, salt=salt_of(name), drawn=drawn)
-                drops[key] = counted.train(module.training)
+        if not isinstance(drops, nn.ModuleDict):
+            continue
+        for key, usual in [*drops.items()]:
+            if type(usual) is nn.Dropout:
+                swapped.append((drops, key, usual))
+                counted = CountedDropout(usual.p, salt=salt_of(name), drawn=drawn)
+                drops[key] = counted.train(usual.training)
     try:
         yield
     finally:
-        for drops, key, module in swapped:
-            drops[key] = module.train(drops[key].training)
+        for drops, key, usual in swapped:
+            drops[key] = usual.train(drops[key].training)
 
 
 def salt_of(name: str) -> int:
@@ -118,12 +120,32 @@ def drops(model: nn.Module) -> bool:
 
 
 def base_drops(model: nn.Module) -> bool:
-    """Whether the base itself drops anything in training: a module, or attention by its config."""
+    """Whether the base itself drops anything in training: by a module, or by what its configuration
+    says, as many call a function for it."""
     own = {id(drop) for drop in _lora_dropouts(model)}
     modules = (m for m in model.modules() if isinstance(m, nn.Dropout) and id(m) not in own)
     config = getattr(unwrap(model), "config", None)
-    attention = getattr(config, "attention_dropout", None) or 0
-    return attention > 0 or any(module.p > 0 for module in modules)
+    said = config.get_text_config().to_dict() if config is not None else {}
+    shares = (
+        share
+        for name, share in said.items()
+        if "drop" in name and not name.startswith(("summary_", "classifier_"))
+    )
+    return any(isinstance(share, float) and share > 0 for share in shares) or any(
+        module.p > 0 for module in modules
+    )
+
+
+def passes_through_peft(model: nn.Module) -> bool:
+    """Whether an adapter works in PEFT's own forward, above the base: prompts that are learned,
+    LoRA that wakes at certain tokens (aLoRA)."""
+    configs = getattr(model, "peft_config", None)
+    found = configs.values() if isinstance(configs, dict) else ()
+    return any(
+        getattr(config, "is_prompt_learning", False)
+        or getattr(config, "alora_invocation_tokens", None)
+        for config in found
+    )
 
 
 def _lora_dropouts(model: nn.Module) -> Iterator[nn.Dropout]:
