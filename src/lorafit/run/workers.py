@@ -144,6 +144,7 @@ def _serve(work: Callable[[Any], Any], pairs: Sequence[tuple[_End, _End]], numbe
     with suppress(EOFError, OSError):
         while True:
             end.send(_outcome(work, end.recv()))
+    os._exit(0)  # nothing that the parent has begun is flushed or ended here
 
 
 def _outcome(work: Callable[[Any], Any], item: Any) -> tuple[bool, Any]:
