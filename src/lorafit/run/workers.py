@@ -102,22 +102,17 @@ def _forked(work: Callable[[Any], Any], count: int) -> Generator[list[_End]]:
     fork = get_context("fork")
     pairs = [fork.Pipe() for _ in range(count)]
     processes = [
-        fork.Process(target=_serve, args=(work, pairs, number), daemon=True)
+        fork.Process(target=_serve, args=(work, pairs), kwargs={"number": number}, daemon=True)
         for number in range(count)
     ]
-    # a tokenizer's threads do not live on in a child, which would wait for them for ever; set
-    # before the fork, or `tokenizers` prints a warning from there
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = "false"
     try:
-        for process in processes:
-            process.start()
-        _set_back(before)
+        with _without_threads():
+            for process in processes:
+                process.start()
         for _, theirs in pairs:
             theirs.close()
         yield [ours for ours, _ in pairs]
     finally:
-        _set_back(before)
         for process in processes:
             if process.pid:
                 process.kill()
@@ -126,14 +121,20 @@ def _forked(work: Callable[[Any], Any], count: int) -> Generator[list[_End]]:
             ours.close()
 
 
-def _set_back(before: str | None) -> None:
-    if before is None:
-        os.environ.pop(_THREADS, None)
-    else:
-        os.environ[_THREADS] = before
+@contextmanager
+def _without_threads() -> Generator[None]:
+    """What is forked here tokenises in one thread: a parent's threads do not live on in its child,
+    which would wait for them for ever. Said beforehand, or `tokenizers` prints a warning."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "false"
+    try:
+        yield
+    finally:
+        del os.environ[_THREADS]
+        os.environ |= {} if before is None else {_THREADS: before}
 
 
-def _serve(work: Callable[[Any], Any], pairs: Sequence[tuple[_End, _End]], number: int) -> None:
+def _serve(work: Callable[[Any], Any], pairs: Sequence[tuple[_End, _End]], *, number: int) -> None:
     """The child: answers until the parent is gone. Ctrl-C is the parent's affair."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
