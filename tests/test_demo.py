@@ -9,10 +9,10 @@ import pytest
 
 from lorafit import demo, job
 from lorafit.data import docstrings
-from lorafit.data.docstrings import begins_like_a_docstring
 from lorafit.data.read import Source
 from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base, open_adapter
 from lorafit.events import Evaluated, Event
+from tests.first_sentence import begins_like_a_docstring
 
 pytestmark = pytest.mark.slow
 

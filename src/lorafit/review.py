@@ -13,6 +13,7 @@ from lorafit.data.read import Source
 from lorafit.data.sets import Sets
 from lorafit.model import tokens
 from lorafit.run.console import counting
+from lorafit.run.workers import spread
 
 
 def make_sets(settings: Settings, given: tuple[Source, Source] | None = None) -> tuple[Sets, Any]:
@@ -27,13 +28,14 @@ def make_sets(settings: Settings, given: tuple[Source, Source] | None = None) ->
     )
     # a plain template travels with the adapter, as the tokenizer's own does
     tokenizer.chat_template = tokenizer.chat_template or template.chat_template_of(tokenizer)
-    with counting("examples") as moved:
+    with counting("rows") as moved:
         maker = sets.Maker(
             settings.data,
             tokenizer,
             identity=tokens.tokenizer_identity(tokenizer),
             limit=tokens.context_of(chosen, tokenizer),
             moved=moved,
+            spread=spread,
         )
         return sets.make(maker, seed=settings.training.seed, given=given), tokenizer
 

@@ -4,11 +4,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from tests.first_sentence import OPENERS, begins_like_a_docstring
 
 from lorafit.data.docstrings import (
-    OPENERS,
     QuestionAnswer,
-    begins_like_a_docstring,
     definitions,
     is_held_out,
     pairs,

@@ -47,7 +47,12 @@ def build(
     built = Built([], Report(), Faults(skip=skip))
     policy = Policy(max_length, truncation)
     built.examples += examples.build(
-        samples, encoder, policy=policy, faults=built.faults, report=built.report
+        samples,
+        encoder,
+        sample_of=lambda sample: sample,
+        policy=policy,
+        faults=built.faults,
+        report=built.report,
     )
     return built
 

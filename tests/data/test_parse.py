@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorafit.data import parse
-from lorafit.data.parse import Faults, kind_of, rows_of
+from lorafit.data.parse import Faults, kind_of, rows_in, rows_of
 from lorafit.errors import DataError
 
 PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -205,3 +205,21 @@ def test_what_was_written_is_read(
     text = "\ufeff" * bom + newline.join(lines) + newline * ends
     path = write(tmp_path_factory.mktemp("rows"), f"a.jsonl{packing}", text)
     assert read(path) == [(row, f"{path.name}:{n}") for row, n in zip(rows, numbers, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "count"),
+    [
+        ("a.jsonl", '{"a": "\\n\\"b"}\n{"a": "\\""}\n', 2),
+        ("a.csv", 'a,b\n"1\n2 ""three""\n",4\n5,6\n', 3),
+        ("a.txt", 'one "\ntwo\n', 2),
+        ("a.jsonl", '[{"a": 1}]\n', None),
+        ("a.json", '[{"a": 1}]\n', None),
+        ("a.jsonl.gz", '{"a": 1}\n', None),
+    ],
+)
+def test_rows_are_counted_by_their_newlines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, content: str, count: int | None
+) -> None:
+    monkeypatch.setattr(parse, "_CHUNK", 5)  # quotes stay open from one chunk to the next
+    assert rows_in(write(tmp_path, name, content)) == count

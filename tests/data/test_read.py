@@ -101,7 +101,7 @@ def test_a_folder_of_several_kinds_is_refused(tmp_path: Path) -> None:
 
 
 def test_packed_files_of_a_folder_count_as_what_they_hold(tmp_path: Path) -> None:
-    write(tmp_path, "train-1.jsonl.gz", gzip.compress(b'{"t": 1}'))
+    write(tmp_path, "train-1.jsonl.gz", gzip.compress(b'{"t": 1}', mtime=0))
     write(tmp_path, "train-2.ndjson", '{"t": 2}')
     write(tmp_path, ".train-3.jsonl", "what another system left behind")
     assert [source for _, source in read(tmp_path)] == ["train-1.jsonl.gz:1", "train-2.ndjson:1"]
@@ -402,3 +402,16 @@ def test_files_are_read_without_importing_datasets(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_rows_are_known_beforehand_where_that_is_cheap(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list([{"t": 1}, {"t": 2}])
+    rows.to_parquet(tmp_path / "a.parquet")
+    write(tmp_path, "a.jsonl", '{"t": 1}\n{"t": 2}\n')
+    write(tmp_path, "a.json", '[{"t": 1}]')
+    given = [str(tmp_path / "a.parquet"), str(tmp_path / "a.jsonl"), rows, [{"t": 1}, {"t": 2}]]
+    assert [locate(one).count() for one in given] == [2] * 4
+    unknown = [str(tmp_path / "a.json"), rows.to_iterable_dataset()]
+    assert [locate(one).count() for one in unknown] == [None] * 2

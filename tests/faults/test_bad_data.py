@@ -52,7 +52,7 @@ LINES_OF_JSON = [
 
 # One row of another kind: file, place, what is said, the lines of the rows that are left
 ROWS = [
-    ("a.ndjson.gz", gzip.compress(between(b"{")), "2:2", "property name", [1, 3]),
+    ("a.ndjson.gz", gzip.compress(between(b"{"), mtime=0), "2:2", "property name", [1, 3]),
     ("a.jsonl.zst", zstandard.compress(between(b"{")), "2:2", "property name", [1, 3]),
     ("a.txt", b"one\n\xe9\nthree", "2:1", "byte 0xe9 is not UTF-8", [1, 3]),
     ("a.txt", b"one\n\0\0\nthree", "2:1", "a NUL byte", [1, 3]),
@@ -72,7 +72,7 @@ WHOLE = [
     ("a.jsonl", PAGE, "1:1", "an HTML page"),
     ("a.jsonl.zst", PAGE, "1:1", "an HTML page"),
     ("a.csv", b"\xef\xbb\xbf<html lang=en>", "1:1", "an HTML page"),
-    ("a.jsonl", gzip.compress(LINES), "1:1", "gzip data"),
+    ("a.jsonl", gzip.compress(LINES, mtime=0), "1:1", "gzip data"),
     ("a.csv", zstandard.compress(LINES), "1:1", "zstd data"),
     ("a.jsonl.gz", zstandard.compress(LINES), "1:1", "zstd data"),
     ("a.csv", b"PK\3\4\x14\0\6\0", "1:1", "a zip archive, as .xlsx files are"),
@@ -80,7 +80,7 @@ WHOLE = [
     ("a.jsonl", b"PAR1\x15\4\x15", "1:1", "parquet data"),
     ("a.jsonl", '{"t": 1}'.encode("utf-16"), "1:1", "UTF-16, not UTF-8"),
     ("a.csv", b"\xfe\xff\0t\0,\0u", "1:1", "UTF-16, not UTF-8"),
-    ("a.csv.gz", gzip.compress("t,u".encode("utf-16")), "1:1", "UTF-16, not UTF-8"),
+    ("a.csv.gz", gzip.compress("t,u".encode("utf-16"), mtime=0), "1:1", "UTF-16, not UTF-8"),
     ("a.txt", "one".encode("utf-32"), "1:1", "UTF-32, not UTF-8"),
     ("a.json", b'[{"t": 1},\n{"t": "\xff"}]', "2:8", "0xff is not UTF-8"),
     ("a.json", b'[{"t": 1},\n{"t": "\0"}]', "2:8", "a NUL byte"),
@@ -106,10 +106,10 @@ WHOLE = [
     ("a.csv", b"t, \n1,2\n", "1", "an empty or a repeated name"),
     ("a.csv", b"\nt,t\n1,2\n", "2", "an empty or a repeated name: t, t"),
     ("a.csv", b"t,\xe9\n1,2\n", "1:3", "0xe9 is not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(LINES)[:-9], "1", "end-of-stream marker"),
+    ("a.jsonl.gz", gzip.compress(LINES, mtime=0)[:-9], "1", "end-of-stream marker"),
     ("a.jsonl.gz", LINES, "1", "Not a gzipped file"),
-    ("a.jsonl.gz", gzip.compress(LINES) + b"more", "1", "Not a gzipped file"),
-    ("a.txt.gz", gzip.compress(LINES)[:10] + b"\xff" * 9, "1", "Error -3"),
+    ("a.jsonl.gz", gzip.compress(LINES, mtime=0) + b"more", "1", "Not a gzipped file"),
+    ("a.txt.gz", gzip.compress(LINES, mtime=0)[:10] + b"\xff" * 9, "1", "Error -3"),
     ("a.jsonl.zst", zstandard.compress(LINES)[:-1], "2", "the last frame is not complete"),
     ("a.jsonl.zst", LINES, "1", "Unknown frame descriptor"),
     ("a.jsonl.zst", zstandard.compress(LINES) + b"more", "1", "Unknown frame descriptor"),
@@ -160,7 +160,7 @@ def test_a_broken_file_is_named_even_where_rows_are_skipped(
 def test_text_of_another_encoding_comes_with_the_line_that_converts_it(tmp_path: Path) -> None:
     path = write(tmp_path, "my rows.csv", "t".encode("utf-16"))
     assert "iconv -f UTF-16 -t UTF-8 'my rows.csv' > 'utf8-my rows.csv'" in fault(path).fix
-    path = write(tmp_path, "a.txt.gz", gzip.compress(b"\x93"))
+    path = write(tmp_path, "a.txt.gz", gzip.compress(b"\x93", mtime=0))
     assert "iconv -f WINDOWS-1252 -t UTF-8 'a.txt' >" in fault(path).fix
 
 
@@ -169,7 +169,7 @@ def test_text_of_another_encoding_comes_with_the_line_that_converts_it(tmp_path:
 def test_a_blank_file_is_empty_not_broken(tmp_path: Path, kind: str, content: bytes) -> None:
     for name, data in (
         (f"a.{kind}", content),
-        (f"a.{kind}.gz", gzip.compress(content) if content else content),
+        (f"a.{kind}.gz", gzip.compress(content, mtime=0) if content else content),
         (f"a.{kind}.zst", zstandard.compress(content) if content else content),
     ):
         assert not list(locate(write(tmp_path, name, data)).rows(Faults()))

@@ -16,7 +16,8 @@ from lorafit.events import (
     StepEnd,
     StepSkipped,
 )
-from lorafit.run.console import Console
+from lorafit.run import console as room
+from lorafit.run.console import Console, counting
 
 STARTED = RunStarted(1200, 16, 4, 4, 1, 75, 5, 1.0, 100, 10_000, "cpu", "fp32", "as_given")
 STEP = StepEnd(6, 0.5, 1.25, 2.0, 0.1, 100, 50, 0.5)
@@ -61,3 +62,18 @@ def test_a_step_is_drawn_not_printed() -> None:
     assert "6/75" not in shown(STARTED, STEP, ENDED, terminal=True)
     live = shown(STARTED, STEP, ENDED, live=True, terminal=True)
     assert "6/75" in live and "loss 1.2500 · 200 tokens/s" in live
+
+
+@pytest.mark.parametrize(
+    ("live", "total", "seen"),
+    [(True, 4_000, "1,000 of 4,000 rows"), (True, None, "1,000 rows"), (False, 4_000, "")],
+)
+def test_rows_are_counted_where_there_is_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, live: bool, total: int | None, seen: str
+) -> None:
+    file = io.StringIO()
+    terminal = Terminal(file=file, force_terminal=live, width=200, highlight=False)
+    monkeypatch.setattr(room, "Terminal", lambda: terminal)
+    with counting("rows") as moved:
+        moved(1_000, total)
+    assert seen in file.getvalue() if seen else not file.getvalue()

@@ -14,7 +14,7 @@ import numpy as np
 from lorafit.data.cache import Chosen, Stored
 from lorafit.data.sets import Read, Sets
 from lorafit.data.shapes import IGNORE
-from lorafit.data.template import Tokenizer
+from lorafit.data.tokenizer import Tokenizer, decode
 
 _BINS, _SHOWN, _NAMED = 24, 400, 5
 _BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -196,14 +196,10 @@ def _shown(chosen: Chosen, tokenizer: Tokenizer) -> tuple[tuple[tuple[str, bool]
     example = stored[number]
     pairs = zip(example["input_ids"], example["labels"], strict=True)
     pieces = [
-        (_text(tokenizer, [token for token, _ in run]), is_learned)
+        (decode(tokenizer, [token for token, _ in run]), is_learned)
         for is_learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE)
     ]
     return tuple(pieces), stored.sources()[number]
-
-
-def _text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def _source_line(one: Read) -> str:

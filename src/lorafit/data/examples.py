@@ -6,10 +6,11 @@ zero is the worst failure: the loss looks fine and nothing is learned.
 """
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby, islice
-from typing import Literal
+from typing import Any, Literal
 
 from lorafit.data.formats import Sample
 from lorafit.data.parse import Faults
@@ -19,7 +20,11 @@ from lorafit.errors import ConfigError, DataError
 
 Truncation = Literal["cut_tail", "cut_prompt", "drop", "error"]
 
-_CHUNK = 1_000
+SampleOf = Callable[[Any], Sample]
+Spread = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""What a function makes of each item, in order: `map`, or the same by several processes."""
+
+_CHUNK = 250
 _MOST_EVALUATION_ROWS = 1_000
 _NAMED_ROWS = 5
 
@@ -71,6 +76,11 @@ class Report:
     tokens: int = 0
     supervised: int = 0
 
+    def add(self, other: "Report") -> None:
+        """Count what the other counted."""
+        for name, count in vars(other).items():
+            vars(self)[name] += count
+
     def __str__(self) -> str:
         counts = {
             "cut": self.cut,
@@ -99,21 +109,31 @@ class Policy:
 
 
 def build(
-    samples: Iterable[Sample], encoder: Encoder, *, policy: Policy, faults: Faults, report: Report
+    rows: Iterable[Any],
+    encoder: Encoder,
+    *,
+    sample_of: SampleOf,
+    policy: Policy,
+    faults: Faults,
+    report: Report,
+    spread: Spread = map,
 ) -> Iterator[Example]:
-    """The samples as examples, a thousand at a time; `report` is complete once they are read.
+    """The rows as examples, some hundred at a time; `report` is complete once they are read.
+
+    Args:
+        sample_of: What a row asks to be learned.
+        spread: How the work is shared out; rows and examples are pickled if it is.
 
     Raises:
         DataError: a row cannot be written, is too long under "error", or has no supervised token;
             unless `faults` skips such rows. None is left, in any case.
     """
-    bos, silent, waiting = encoder.tokenizer.bos_token_id, list[str](), iter(samples)
-    while chunk := list(islice(waiting, _CHUNK)):
-        report.rows += len(chunk)
-        for encoded in encoder.encode(chunk, found=faults.found):
-            example = _fitted(encoded, policy=policy, bos=bos, faults=faults, report=report)
-            if example is None:
-                continue
+    work = partial(_part, encoder=encoder, sample_of=sample_of, policy=policy)
+    bos, silent = encoder.tokenizer.bos_token_id, list[str]()
+    for counted, met, fields in spread(work, _chunks(rows, faults)):
+        report.add(counted)
+        faults.add(met)
+        for example in (Example(*each) for each in fields):
             supervised = example.supervised
             if not supervised and not faults.skip:
                 silent.append(example.source)
@@ -126,8 +146,39 @@ def build(
             report.tokens += len(example.ids)
             report.supervised += supervised
             yield example
-    report.unrolled = encoder.unrolled
     _check_heard(report, silent)
+
+
+def _chunks(rows: Iterable[Any], faults: Faults) -> Iterator[tuple[list[Any], Faults]]:
+    """Some rows at a time, and the faults that were met in reading them: these count in their turn,
+    for rows are read while those in front of them are still under way."""
+    waiting, is_more = iter(rows), True
+    while is_more:
+        count, named = faults.count, len(faults.named)
+        chunk = list(islice(waiting, _CHUNK))
+        met = Faults(faults.skip, faults.count - count, faults.named[named:])
+        faults.count, faults.named = count, faults.named[:named]
+        is_more = len(chunk) == _CHUNK
+        yield chunk, met
+
+
+def _part(
+    chunk: tuple[list[Any], Faults], *, encoder: Encoder, sample_of: SampleOf, policy: Policy
+) -> tuple[Report, Faults, list[tuple[list[int], list[int], str]]]:
+    """What became of these rows; the examples as plain fields, which travel nine times as fast."""
+    (rows, faults), samples, bos = chunk, list[Sample](), encoder.tokenizer.bos_token_id
+    for row in rows:
+        try:
+            samples.append(sample_of(row))
+        except DataError as error:
+            faults.found(error)
+    report, unrolled = Report(len(samples)), encoder.unrolled
+    made = [
+        _fitted(encoded, policy=policy, bos=bos, faults=faults, report=report)
+        for encoded in encoder.encode(samples, found=faults.found)
+    ]
+    report.unrolled = encoder.unrolled - unrolled
+    return report, faults, [(each.ids, each.labels, each.source) for each in made if each]
 
 
 def _check_heard(report: Report, silent: Sequence[str]) -> None:

@@ -78,6 +78,11 @@ class Faults:
         if len(self.named) < _FAULTS_NAMED:
             self.named.append(error.what)
 
+    def add(self, other: "Faults") -> None:
+        """Count what the other counted."""
+        self.count += other.count
+        self.named = [*self.named, *other.named][:_FAULTS_NAMED]
+
     def __str__(self) -> str:
         more = [f"And {self.count - _FAULTS_NAMED:,} more."] * (self.count > _FAULTS_NAMED)
         rows = "row" if self.count == 1 else "rows"
@@ -125,6 +130,20 @@ def rows_of(path: Path, *, faults: Faults) -> Iterator[Row]:
             f"{path}: what this file holds cannot be told from its name.",
             fix=f"Give it the suffix of its kind: {', '.join(SUFFIXES)}; packed text: .jsonl.gz",
         )
+
+
+def rows_in(path: Path) -> int | None:
+    """About how many rows a plain file of lines or records holds, by its newlines; else None."""
+    kind = "" if path.name != _unpacked_name(path) else kind_of(path)
+    if kind in ("", ".json") or (kind == ".jsonl" and _begins_array(path)):
+        return None
+    # between quotes a newline is part of a cell; no text holds a NUL
+    rows, quoted, quote = 0, 0, b'"' if kind in (".csv", ".tsv") else b"\0"
+    for chunk in _chunks(path):
+        pieces = chunk.split(quote)
+        rows += sum(piece.count(b"\n") for piece in pieces[quoted::2])
+        quoted = (quoted + len(pieces) - 1) % 2
+    return rows
 
 
 # Bytes

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -48,11 +48,13 @@ class Source:
             at all is no error here.
         fingerprint: Changes with the rows: the sha256 of the files' names and bytes, or of the
             rows (a stream is read through); the fingerprint that `datasets` gives its own.
+        count: About how many rows there are; None where only reading them would tell.
     """
 
     label: str
     rows: Callable[[Faults], Iterator[Row]]
     fingerprint: Callable[[], str]
+    count: Callable[[], int | None]
 
 
 def read_rows(path: str | Path, *, split: str = "train") -> list[Row]:
@@ -90,7 +92,7 @@ def locate(given: Any, *, split: Splits = "train") -> Source:
         return locate(_chosen(given, split, label=label))
     if isinstance(given, list | tuple):
         rows = partial(_listed, given, label=label)
-        return Source(label, rows, lambda: _hash_rows(rows(Faults(skip=True))))
+        return Source(label, rows, lambda: _hash_rows(rows(Faults(skip=True))), partial(len, given))
     if any(base.__module__.startswith("datasets.") for base in type(given).__mro__):
         # rows as plain values, whatever set_format() asked for
         return _loaded(label, partial(given.with_format, None), failed=f"{label}: cannot be read")
@@ -101,7 +103,7 @@ def locate(given: Any, *, split: Splits = "train") -> Source:
 def given(rows: Sequence[Mapping[str, Any]], places: Sequence[str], *, label: str) -> Source:
     """Rows in memory as a source; `places` says where each stands."""
     made = [Row(fields, place) for fields, place in zip(rows, places, strict=True)]
-    return Source(label, lambda _: iter(made), lambda: _hash_rows(made))
+    return Source(label, lambda _: iter(made), lambda: _hash_rows(made), partial(len, made))
 
 
 # Names
@@ -172,7 +174,13 @@ def _of_files(label: str, files: Sequence[Path]) -> Source:
             is_parquet = parse.kind_of(file) == ".parquet"
             yield from _parquet(file) if is_parquet else parse.rows_of(file, faults=faults)
 
-    return Source(label, rows, partial(_hash_files, files))
+    return Source(label, rows, partial(_hash_files, files), partial(_count, files))
+
+
+def _count(files: Sequence[Path]) -> int | None:
+    count = _parquet_rows if parse.kind_of(files[0]) == ".parquet" else parse.rows_in
+    counts = [count(file) for file in files]
+    return None if None in counts else sum(rows or 0 for rows in counts)
 
 
 def _hash_files(files: Sequence[Path]) -> str:
@@ -303,7 +311,10 @@ def _loaded(label: str, load: Callable[[], Any], *, failed: str, fix: str = "") 
             return _hash_rows(rows(Faults()))
         return data._fingerprint
 
-    return Source(label, rows, fingerprint)
+    def count() -> int | None:
+        return len(data) if isinstance(data := load(), Sized) else None
+
+    return Source(label, rows, fingerprint, count)
 
 
 def _is_saved(folder: Path) -> bool:
@@ -334,3 +345,9 @@ def _parquet(path: Path) -> Iterator[Row]:
 
     failed = f"{path}: this is not a readable parquet file"
     return _loaded(path.name, load, failed=failed).rows(Faults())
+
+
+def _parquet_rows(path: Path) -> int:
+    from pyarrow import parquet
+
+    return parquet.read_metadata(path).num_rows

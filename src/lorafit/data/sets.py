@@ -17,7 +17,7 @@ import numpy as np
 from lorafit.arguments import DataArguments
 from lorafit.data import cache, examples, formats, read, shapes, template
 from lorafit.data.cache import Chosen, Stored
-from lorafit.data.examples import Policy, Report, Truncation
+from lorafit.data.examples import Policy, Report, Spread, Truncation
 from lorafit.data.parse import Faults, Row
 from lorafit.data.read import Source
 from lorafit.data.shapes import Shape
@@ -78,7 +78,8 @@ class Maker:
     Args:
         identity: A hash of all that makes the tokenizer what it is.
         limit: Tokens of the longest example where the arguments name none; None: as long as it is.
-        moved: Told how many examples there are so far.
+        moved: Told how many rows are done, and of about how many, where that is known.
+        spread: How the rows are shared out among processes.
     """
 
     def __init__(
@@ -88,9 +89,10 @@ class Maker:
         *,
         identity: str,
         limit: int | None,
-        moved: Callable[[int], None] = lambda _: None,
+        moved: Callable[[int, int | None], None] = lambda _, __: None,
+        spread: Spread = map,
     ) -> None:
-        self.data, self.tokenizer, self.moved = data, tokenizer, moved
+        self.data, self.tokenizer, self.moved, self.spread = data, tokenizer, moved, spread
         self.policy = Policy(data.max_length or limit, cast(Truncation, data.truncation))
         self.key = {
             "the tokenizer": identity,
@@ -144,22 +146,23 @@ class Maker:
             supervise=cast(Supervise, self.data.supervise),
         )
 
-        def samples() -> Iterator[formats.Sample]:
-            for number, row in enumerate(self._rows(source, faults)):
-                try:
-                    yield formats.sample(row, shape)
-                except DataError as error:
-                    faults.found(error)
-                    continue
-                if number < _LOOKED_AT:
-                    unread.update(dict.fromkeys(shapes.unread(row, shape)))
+        def sample(row: Row) -> formats.Sample:
+            made = formats.sample(row, shape)
+            if not report.rows:  # the first of them
+                unread.update(dict.fromkeys(shapes.unread(row, shape)))
+            return made
 
         def counted() -> Iterator[examples.Example]:
-            for example in built:
-                self.moved(report.examples)
+            total = source.count()
+            for number, example in enumerate(built):
+                if not number % _TOLD:
+                    self.moved(report.rows + faults.count, total)
                 yield example
 
-        built = examples.build(samples(), encoder, policy=self.policy, faults=faults, report=report)
+        built = examples.build(
+            self._rows(source, faults), encoder, sample_of=sample, policy=self.policy,
+            faults=faults, report=report, spread=self.spread,
+        )  # fmt: skip
         cache.store(
             folder,
             counted(),
@@ -170,8 +173,8 @@ class Maker:
         )  # fmt: skip
 
 
-_LOOKED_AT = 100
-"""Rows whose fields are looked through for those that are not read."""
+_TOLD = 100
+"""Examples between two tellings of how far it has come."""
 _OF_EXAMPLES = ("shape", "prompt_field", "answer_field", "supervise", "skip_bad_rows")
 
 

@@ -5,10 +5,13 @@ it, never by looking for marker strings or for a padding id. Knows nothing of fi
 batches.
 
 The rule at every seam between prompt and answer: **the ids before the answer are exactly those that
-generation will be fed**. Where the tokenizer would merge the prompt's end with the answer's
-beginning ("\\n" + "\\n\\n", or a prompt that ends with a space), the two are tokenised apart. Where
-a template rewrites an answer once others follow it (Qwen3 takes its thinking out), no single text
-holds both what is learned and what is asked later: each answer becomes an example of its own.
+generation will be fed**, up to an example's first answer. A later one follows the answers before it
+as they were generated, ids for ids and stop token included; a history that is tokenised whole may
+merge otherwise where an earlier answer begins. Where the tokenizer would merge the prompt's end
+with the answer's beginning ("\\n" + "\\n\\n", or a prompt that ends with a space), the two are
+tokenised apart. Where a template rewrites an answer once others follow it (Qwen3 takes its thinking
+out), no single text holds both what is learned and what is asked later: each answer becomes an
+example of its own.
 """
 
 import json
@@ -148,7 +151,8 @@ def prompt_ids(
     is_chat: bool,
     tools: Sequence[Mapping[str, Any]] = (),
 ) -> list[int]:
-    """What generation feeds the model: to the last id what training put before the answer.
+    """What generation feeds the model: to the last id what training put before the answer, where
+    no other answer stands before that one.
 
     Args:
         prompt: A conversation so far, or a text: for a chat, the user's message.

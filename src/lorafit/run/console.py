@@ -32,17 +32,27 @@ from lorafit.events import (
 
 
 @contextmanager
-def counting(what: str) -> Generator[Callable[[int], None]]:
-    """A live count of `what` in a terminal, told how many there are so far; nothing elsewhere."""
+def counting(what: str) -> Generator[Callable[[int, int | None], None]]:
+    """A live bar in a terminal, told how many of `what` are done and of how many; a live count
+    where that is None; nothing elsewhere."""
+    terminal = Terminal()
     bar = Progress(
-        TextColumn("{task.completed:,.0f} {task.description}"),
+        BarColumn(),
+        TextColumn("{task.description}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=terminal,
         transient=True,
-        disable=not Terminal().is_terminal,
+        disable=not terminal.is_terminal,
     )
     task = bar.add_task(what, total=None)
+
+    def moved(done: int, total: int | None) -> None:
+        of = f" of {total:,}" if total else ""
+        bar.update(task, completed=done, total=total, description=f"{done:,}{of} {what}")
+
     with bar:
-        yield lambda count: bar.update(task, completed=count)
+        yield moved
 
 
 def show_report(terminal: Terminal, report: Audit, *, notices: Sequence[str] = ()) -> None:
