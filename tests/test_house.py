@@ -74,13 +74,20 @@ STEP_PATH: tuple[str, ...] = (
     "engine/step.py:Engine._run_part",
     "engine/step.py:Engine._update",
     "engine/step.py:Engine.step",
+    "model/base.py:is_hooked",
+    "model/documents.py:_Either.__call__",
     "model/documents.py:_Head._frozen",
     "model/documents.py:_Head.nats",
     "model/fused.py:Decoder.__call__",
     "model/fused.py:Decoder._refresh",
     "model/fused.py:Decoder._run",
     "model/fused.py:_Layer.factors",
+    "model/fused.py:_modules",
+    "model/fused.py:_norms",
+    "model/fused.py:_signs",
     "model/lora.py:LoraLinear.factors",
+    "model/lora.py:_is_frozen",
+    "model/lora.py:lora_linear",
     "packing.py:Packing.lay_out",
     "run/callbacks.py:Callbacks.asks",
     "run/callbacks.py:Callbacks.fire",
@@ -109,7 +116,7 @@ STEP_PATH: tuple[str, ...] = (
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 390, 62  # docs/decisions/0005-the-fast-engine.md
+STEP_CODE, STEP_BRANCHES = 430, 74  # docs/decisions/0005-the-fast-engine.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.
