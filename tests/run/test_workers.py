@@ -153,3 +153,9 @@ def test_examples_are_those_of_one_process_to_the_last_byte(
             outcomes.append((str(raised.value), vars(raised.value)))
     assert outcomes[0] == outcomes[1]
     assert os.environ["TOKENIZERS_PARALLELISM"] == "true"
+
+
+def test_what_cannot_be_sent_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_cores", lambda: 2)
+    with pytest.raises(LorafitError, match="cannot go to another process"):
+        list(workers.spread(len, [[lambda: 0]] * 20))

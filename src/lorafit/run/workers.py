@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from itertools import chain, islice
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection
+from pickle import PicklingError
 from typing import Any, TypeAlias, TypeVar
 
 from lorafit.errors import LorafitError
@@ -63,14 +64,25 @@ def _in_turn(ends: Sequence[_End], items: Iterable[Any]) -> Iterator[Any]:
             break
         end = ends[sent % len(ends)]
         made = [_received(end)] if sent >= len(ends) else []
-        with suppress(OSError):  # it is gone, and the next turn says so
-            end.send(item)
+        _send(end, item)
         sent += 1
         yield from made
     for number in range(max(0, sent - len(ends)), sent):
         yield _received(ends[number % len(ends)])
     if failure:
         raise failure
+
+
+def _send(end: _End, item: Any) -> None:
+    try:
+        with suppress(OSError):  # it is gone, and the next turn says so
+            end.send(item)
+    except (TypeError, AttributeError, PicklingError) as error:
+        raise LorafitError(
+            f"A row holds something that cannot go to another process: {error}",
+            why="Rows are encoded by a process for each core.",
+            fix="Leave that column out, dataset.remove_columns(...), or take one core: taskset -c 0",
+        ) from error
 
 
 def _caught(items: Iterable[Any]) -> Iterator[tuple[Any, Exception | None]]:
