@@ -81,7 +81,7 @@ def _send(end: _End, item: Any) -> None:
         raise LorafitError(
             f"A row holds something that cannot go to another process: {error}",
             why="Rows are encoded by a process for each core.",
-            fix="Leave that column out, dataset.remove_columns(...), or take one core: taskset -c 0",
+            fix="Leave that column out: dataset.remove_columns(NAME).",
         ) from error
 
 
