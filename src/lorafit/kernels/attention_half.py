@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import attention, elementwise, lora
 from lorafit.kernels.attention import Documents, Look
-from lorafit.kernels.lora import Counters, Joined, Layers
+from lorafit.kernels.lora import Below, Counters, Joined, Layers
 
 
 @dataclass(frozen=True)
@@ -122,23 +122,11 @@ class _Node(torch.autograd.Function):
         dqkv_TO = _attention_back(
             dout_TO.view_as(out_THE), kept, half=half, qkv_TO=qkv_TO, around=around
         )
-        wanted = ctx.needs_input_grad[0]
-        dn_TD, dxa_TR = lora.backward_rows(
-            dqkv_TO, half.qkv, joined=joined, counters=counters, wanted=wanted
-        )
-        grads = lora.backward_factors(
+        below = Below(x_TD, half.norm_D, rstd_T, residual_TD) if ctx.needs_input_grad[0] else None
+        dx_TD, grads = lora.backward_to_norm(
             dqkv_TO, n_TD, layers=half.qkv,
-            products=(xa_TR, dxa_TR), joined=joined, counters=counters,
+            xa_TR=xa_TR, joined=joined, counters=counters, below=below,
         )  # fmt: skip
-        dx_TD = None
-        if dn_TD is not None:
-            dx_TD = elementwise.rms_norm_backward(
-                dn_TD,
-                x_TD,
-                weight_D=half.norm_D,
-                rstd_T=rstd_T,
-                residual_TD=residual_TD.contiguous(),
-            )
         return (dx_TD, None, None, None, *grads, *grads_out)
 
 

@@ -12,14 +12,14 @@ Shapes: `T` tokens, `D` in, `O` out, `R` ranks of all layers together.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lorafit.kernels.elementwise import dropped
+from lorafit.kernels.elementwise import dropped, rms_norm_backward
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,44 @@ def backward_factors(
             grads += [da_RD[column : column + rank], db_Or]
         row, column = row + width, column + rank
     return grads
+
+
+class Below(NamedTuple):
+    """What lies below layers that read a norm: its rows, weight and 1 / rms, and the gradient that
+    passes around both."""
+
+    x_TD: Tensor
+    weight_D: Tensor
+    rstd_T: Tensor
+    residual_TD: Tensor
+
+
+def backward_to_norm(
+    dy_TO: Tensor,
+    n_TD: Tensor,
+    *,
+    layers: Layers,
+    xa_TR: Tensor | None,
+    joined: Joined | None,
+    counters: Counters | None,
+    below: Below | None,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradient of a half block's rows through the norm `n_TD` (None without `below`), and those
+    of `backward_factors`."""
+    dn_TD, dxa_TR = backward_rows(
+        dy_TO, layers, joined=joined, counters=counters, wanted=below is not None
+    )
+    grads = backward_factors(
+        dy_TO, n_TD, layers=layers,
+        products=(xa_TR, dxa_TR), joined=joined, counters=counters,
+    )  # fmt: skip
+    if dn_TD is None or below is None:
+        return None, grads
+    dx_TD = rms_norm_backward(
+        dn_TD, below.x_TD, weight_D=below.weight_D, rstd_T=below.rstd_T,
+        residual_TD=below.residual_TD.contiguous(),
+    )  # fmt: skip
+    return dx_TD, grads
 
 
 class _Dropped(torch.autograd.Function):

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import elementwise, lora
-from lorafit.kernels.lora import Counters, Layers
+from lorafit.kernels.lora import Below, Counters, Layers
 
 
 @dataclass(frozen=True)
@@ -90,20 +90,9 @@ class _Node(torch.autograd.Function):
             dy_TD, h_TF, layers=half.down,
             products=(xa_down_TR, dxa_TR), joined=joined_down, counters=counters,
         )  # fmt: skip
-        dn_TD, dxa_TR = lora.backward_rows(
-            both_T2F, half.gate_up, joined=joined, counters=counters, wanted=ctx.needs_input_grad[0]
-        )
-        grads = lora.backward_factors(
+        below = Below(x_TD, half.norm_D, rstd_T, residual_TD) if ctx.needs_input_grad[0] else None
+        dx_TD, grads = lora.backward_to_norm(
             both_T2F, n_TD, layers=half.gate_up,
-            products=(xa_TR, dxa_TR), joined=joined, counters=counters,
+            xa_TR=xa_TR, joined=joined, counters=counters, below=below,
         )  # fmt: skip
-        dx_TD = None
-        if dn_TD is not None:
-            dx_TD = elementwise.rms_norm_backward(
-                dn_TD,
-                x_TD,
-                weight_D=half.norm_D,
-                rstd_T=rstd_T,
-                residual_TD=residual_TD.contiguous(),
-            )
         return (dx_TD, None, None, None, None, *grads, *grads_down)
