@@ -57,6 +57,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--knobs", type=json.loads, default={}, help="JSON for lorafit's arguments")
     parser.add_argument("--limit", type=float, default=900, help="seconds of a run")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu")
+    parser.add_argument("--here", action="store_true", help="peers of this environment, as it is")
     parser.add_argument("--settings", default="", help="of the contenders by name; empty: all")
     parser.add_argument("--smoke", action="store_true", help="tiny shape, one round of two steps")
     given = parser.parse_args()
@@ -73,14 +74,18 @@ def native() -> list[str]:
     return ["bf16", "fp32"] if {"avx512_bf16", "amx_bf16"} & set(has) else ["fp32"]
 
 
-def homes(peers: list[str]) -> dict[str, Environment | str]:
-    """Each peer's environment, or why there is none."""
+def homes(peers: list[str], *, here: bool) -> dict[str, Environment | str]:
+    """Each peer's environment, or why there is none.
+
+    Args:
+        here: Take what is installed beside this script, where there is no package index.
+    """
     found: dict[str, Environment | str] = {}
     for peer in peers:
         try:
             found[peer] = (
-                environments.here(peer, "lorafit", "torch", "transformers", "peft")
-                if peer == "lorafit"
+                environments.here(peer, peer, "torch", "transformers", "peft")
+                if here or peer == "lorafit"
                 else environments.environment(peer)
             )
         except CannotInstallError as error:
@@ -104,7 +109,7 @@ class Benchmark:
         self.given, self.kept = given, kept
         self.dtypes = given.dtypes.split(",") if given.dtypes else native()
         self.shape = shapes.SHAPES[given.shape]
-        self.homes = homes(given.peers.split(","))
+        self.homes = homes(given.peers.split(","), here=given.here)
         self.rows: list[Row] = []
         self.floors: dict[tuple[str, str], list[float]] = {}
         self.told: dict[str, Any] = machine() | {
