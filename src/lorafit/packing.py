@@ -7,6 +7,7 @@ proven to keep documents apart (model/documents.py). Decides once, before a run;
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import nn
 from lorafit import compat
 from lorafit.arguments import TrainingArguments
 from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
-from lorafit.engine import memory
+from lorafit.engine import graph, memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.precision import Precision, products
 from lorafit.model import base, lora
-from lorafit.model.documents import Leaks, Runner, runner
+from lorafit.model.documents import Leaks, Runner, States, runner
+from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
 
 OURS = (PadCollator, DataCollatorForLanguageModeling)
@@ -94,6 +96,7 @@ def choose(
             drawn=drawn,
             recompute=_recompute(arguments, model),
             smoothing=float(arguments.label_smoothing_factor),
+            faster=partial(_replaying, arguments=arguments, model=model),
         )
         if not found.fused and _recompute(arguments, model) == "layer":
             raise Leaks("layers that run again in backward would look for documents in vain")
@@ -105,6 +108,18 @@ def choose(
         notices = (*notices, _EMULATED)
     budget = _budget(model, dtype, arguments=arguments, fused=found.fused)
     return Packing(found, budget, seed, drawn, notices)
+
+
+def _replaying(decoder: Decoder, *, arguments: TrainingArguments, model: nn.Module) -> States:
+    """Graphs of it, where the host would be what takes the time."""
+    halves = (torch.bfloat16, torch.float16)
+    if arguments.device.type != "cuda" or decoder.dtype not in halves or not graph.wanted():
+        return decoder
+    if decoder.recompute == "layer":
+        return decoder
+    shape = memory.Shape(**base.shape_of(model, decoder.dtype))
+    per_token = memory.kept_bytes(shape, recompute=decoder.recompute)
+    return graph.Replaying(decoder, per_token=per_token)
 
 
 _EMULATED = (

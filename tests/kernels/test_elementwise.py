@@ -28,11 +28,12 @@ def counters() -> tuple[Tensor, Tensor]:
     return torch.arange(T) // 10 * 77_777_777, torch.arange(T) % 10
 
 
-def every_pass(dtype: torch.dtype) -> dict[str, Tensor]:
+def every_pass(dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     """What each function makes of the same rows."""
-    x, weight, dy = values(T, D, dtype=dtype), values(D, dtype=dtype), values(T, D, dtype=dtype)
-    both, dh = values(T, 2 * F, dtype=dtype), values(T, F, dtype=dtype)
-    heads = values(T, H + 2, E, dtype=dtype)
+    sizes = ((T, D), (D,), (T, D), (T, 2 * F), (T, F), (T, H + 2, E))
+    x, weight, dy, both, dh, heads = (values(*s, dtype=dtype).to(device) for s in sizes)
+    turns = (angles()[0].to(device), angles()[1].to(device))
+    counted = (counters()[0].to(device), counters()[1].to(device))
     y, rstd = elementwise.rms_norm(x, weight, eps=1e-5, dtype=dtype)
     gradients = both.clone()
     return {
@@ -44,13 +45,13 @@ def every_pass(dtype: torch.dtype) -> dict[str, Tensor]:
         "with residual": elementwise.rms_norm_backward(
             dy, x, weight_D=weight, rstd_T=rstd, residual_TD=dy
         ),
-        "rotated": elementwise.rotate_(heads.clone()[:, :H], angles()),
-        "back": elementwise.rotate_(heads.clone()[:, :H], angles(), inverse=True),
-        "untouched": elementwise.rotate_(heads.clone(), angles())[:, H:],
+        "rotated": elementwise.rotate_(heads.clone()[:, :H], turns),
+        "back": elementwise.rotate_(heads.clone()[:, :H], turns, inverse=True),
+        "untouched": elementwise.rotate_(heads.clone(), turns)[:, H:],
         "swiglu": elementwise.swiglu(both),
         "again": elementwise.swiglu_backward_(gradients, dh),
         "gate and up": gradients,
-        "dropped": elementwise.dropped(x, counters(), share=0.3),
+        "dropped": elementwise.dropped(x, counted, share=0.3),
     }
 
 

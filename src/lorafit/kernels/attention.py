@@ -34,10 +34,12 @@ class Documents:
         lengths: Tokens of each, in order; they add up to T.
         starts: On the device, int32 [documents + 1], 0 first: what CUDA's kernel reads. None on
             the CPU.
+        bound: No document is longer, where `starts` alone says how long they are; 0: see `lengths`.
     """
 
     lengths: tuple[int, ...]
     starts: Tensor | None = None
+    bound: int = 0
 
     @staticmethod
     def on(device: torch.device, lengths: Sequence[int]) -> "Documents":
@@ -49,8 +51,8 @@ class Documents:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest."""
-        return max(self.lengths)
+        """Tokens of the longest, or a bound."""
+        return self.bound or max(self.lengths)
 
     def spans(self) -> Iterator[slice]:
         """The tokens of each."""

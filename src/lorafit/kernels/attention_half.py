@@ -134,10 +134,14 @@ def _project(n_TD: Tensor, half: AttentionHalf, *, around: Around, joined: Joine
     """q, k, v side by side; rotated already where heads have no norms, as nothing else is kept."""
     qkv_TO, xa_TR = lora.forward(n_TD, half.qkv, joined=joined, counters=around.counters)
     if half.head_norms is None:
-        q, k, _ = _split(qkv_TO, half)
-        elementwise.rotate_(q, around.rotary)
-        elementwise.rotate_(k, around.rotary)
+        elementwise.rotate_(_rotated_part(qkv_TO, half), around.rotary)
     return _Made(qkv_TO, xa_TR)
+
+
+def _rotated_part(qkv_TO: Tensor, half: AttentionHalf) -> Tensor:
+    """The view [T, heads, E] of q and k, which lie side by side."""
+    all_THE = qkv_TO.view(len(qkv_TO), half.heads + 2 * half.groups, -1)
+    return all_THE[:, : half.heads + half.groups]
 
 
 def _split(qkv_TO: Tensor, half: AttentionHalf) -> tuple[Tensor, Tensor, Tensor]:
@@ -177,8 +181,7 @@ def _attention_back(
     dqkv_TO = torch.empty_like(qkv_TO)
     grads = _split(dqkv_TO, half)
     attention.backward(dout_THE, kept, grads=grads, documents=around.documents, look=half.look)
-    for grad in grads[:2]:
-        elementwise.rotate_(grad, around.rotary, inverse=True)
+    elementwise.rotate_(_rotated_part(dqkv_TO, half), around.rotary, inverse=True)
     if half.head_norms is not None:
         raws = _split(qkv_TO, half)
         for grad, raw, weight_E in zip(grads, raws, half.head_norms, strict=False):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from lorafit.kernels import native
+from lorafit.kernels import cuda, native
 from lorafit.kernels.elementwise import accumulating
 
 IGNORE = -100
@@ -156,6 +156,9 @@ def _nats_(logits_NV: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
         nats_N = torch.empty(len(logits_NV), dtype=torch.float32)
         call(logits_NV, targets_N, nats_N, *logits_NV.shape, head.smoothing, head.softcap)
         return nats_N
+    lift = _LIFT if logits_NV.dtype == torch.float16 else 1.0
+    if cuda.runs(logits_NV):
+        return cuda.cross_entropy_(logits_NV, targets_N, head.smoothing, head.softcap, lift)
     wide_NV = logits_NV.to(accumulating(logits_NV.dtype))
     if head.softcap:
         wide_NV = head.softcap * torch.tanh(wide_NV / head.softcap)
@@ -166,5 +169,5 @@ def _nats_(logits_NV: Tensor, targets_N: Tensor, *, head: Head) -> Tensor:
     grad_NV.scatter_add_(1, hit_N1, grad_NV.new_full(hit_N1.shape, head.smoothing - 1))
     if head.softcap:
         grad_NV *= 1 - (wide_NV / head.softcap).square()
-    logits_NV.copy_(grad_NV * _LIFT if logits_NV.dtype == torch.float16 else grad_NV)
+    logits_NV.copy_(grad_NV * lift)
     return nats_N

@@ -1,8 +1,8 @@
 """The passes between matrix products: norms, rotary embedding, SwiGLU, LoRA's dropout.
 
 Each is plain torch first, which any device and dtype can run (float64 for gradcheck) and which says
-what is computed. On a CPU `native.cpp` does the same in one pass; on CUDA those very lines are
-compiled, once for all numbers of tokens. Nothing here knows autograd.
+what is computed. On a CPU `native.cpp` does the same in one pass, on CUDA cuda.py. Nothing here knows
+autograd.
 Shapes: `T` tokens, `D` hidden, `F` feed-forward, `H` heads, `E` head width.
 """
 
@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorafit.kernels import native
-from lorafit.kernels.compiled import compiled
+from lorafit.kernels import cuda, native
 
 
 def rms_norm(
@@ -30,7 +29,7 @@ def rms_norm(
         rstd_T = torch.empty(len(x_TD), dtype=torch.float32)
         call(x_TD, weight_D, y_TD, rstd_T, *x_TD.shape, eps)
         return y_TD, rstd_T
-    return compiled(_rms_norm, x_TD)(x_TD, weight_D, eps, dtype)
+    return (cuda.rms_norm if cuda.runs(x_TD) else _rms_norm)(x_TD, weight_D, eps, dtype)
 
 
 def _rms_norm(x_TD: Tensor, weight_D: Tensor, *how: Any) -> tuple[Tensor, Tensor]:
@@ -52,7 +51,8 @@ def rms_norm_backward(
         dx_TD = torch.empty_like(x_TD)
         call(dy_TD, x_TD, weight_D, rstd_T, residual_TD, dx_TD, *x_TD.shape)
         return dx_TD
-    return compiled(_rms_norm_backward, x_TD)(dy_TD, x_TD, weight_D, rstd_T, residual_TD)
+    run = cuda.rms_norm_backward if cuda.runs(x_TD, dy_TD) else _rms_norm_backward
+    return run(dy_TD, x_TD, weight_D, rstd_T, residual_TD)
 
 
 def _rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, *others: Any) -> Tensor:
@@ -83,7 +83,9 @@ def rotate_(x_THE: Tensor, rotary: tuple[Tensor, Tensor], *, inverse: bool = Fal
         sizes = (tokens, x_THE.stride(0), heads, width, int(inverse))
         call(begin, cosine_TE, sine_TE, *sizes)
         return x_THE
-    return x_THE.copy_(compiled(_rotated, x_THE)(x_THE, cosine_TE, sine_TE, inverse))
+    if fits and cuda.runs(x_THE, cosine_TE):
+        return cuda.rotate_(x_THE, cosine_TE, sine_TE, inverse)
+    return x_THE.copy_(_rotated(x_THE, cosine_TE, sine_TE, inverse))
 
 
 def _rotated(x_THE: Tensor, cosine_TE: Tensor, *others: Any) -> Tensor:
@@ -103,7 +105,7 @@ def swiglu(both_T2F: Tensor) -> Tensor:
         h_TF = both_T2F.new_empty(tokens, double // 2)
         call(both_T2F, h_TF, *h_TF.shape)
         return h_TF
-    return compiled(_swiglu, both_T2F)(both_T2F)
+    return (cuda.swiglu if cuda.runs(both_T2F) else _swiglu)(both_T2F)
 
 
 def _swiglu(both_T2F: Tensor) -> Tensor:
@@ -118,7 +120,8 @@ def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
         h_TF = torch.empty_like(dh_TF)
         call(both_T2F, dh_TF, h_TF, *h_TF.shape)
         return h_TF
-    return compiled(_swiglu_backward_, both_T2F)(both_T2F, dh_TF)
+    run = cuda.swiglu_backward_ if cuda.runs(both_T2F, dh_TF) else _swiglu_backward_
+    return run(both_T2F, dh_TF)
 
 
 def _swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
@@ -150,7 +153,8 @@ def dropped(x_TD: Tensor, counters: tuple[Tensor, Tensor], *, share: float) -> T
         y_TD = torch.empty_like(x_TD)
         call(x_TD, y_TD, keys_T, places_T, *x_TD.shape, threshold, scale)
         return y_TD
-    return compiled(_dropped, x_TD)(x_TD, keys_T, places_T, threshold, scale)
+    run = cuda.dropped if cuda.runs(x_TD) else _dropped
+    return run(x_TD, keys_T, places_T, threshold, scale)
 
 
 def _dropped(x_TD: Tensor, keys_T: Tensor, *others: Any) -> Tensor:

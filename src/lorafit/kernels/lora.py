@@ -162,7 +162,8 @@ def backward_factors(
     joined: Joined | None,
     counters: Counters | None,
 ) -> list[Tensor | None]:
-    """The gradients of A and B of each layer in turn, in the dtype of the product.
+    """The gradients of A and B of each layer in turn: in the dtype of the product, on CUDA in
+    float32, as they were summed.
 
     Args:
         products: xa from `forward`, dxa from `backward_rows`.
@@ -170,13 +171,13 @@ def backward_factors(
     xa_TR, dxa_TR = products
     if joined is None or xa_TR is None or dxa_TR is None:
         return [None, None] * len(layers.widths)
-    db_OR = dy_TO.T @ xa_TR
+    db_OR = _summed(dy_TO.T, xa_TR)
     if counters is None or not layers.drops:
-        da_RD = dxa_TR.T @ x_TD
+        da_RD = _summed(dxa_TR.T, x_TD)
     else:
         parts = zip(dxa_TR.split(joined.ranks, dim=1), layers.adapters, strict=True)
         da_RD = torch.cat(
-            [part.T @ _drop(x_TD, adapter, counters=counters) for part, adapter in parts]
+            [_summed(part.T, _drop(x_TD, adapter, counters=counters)) for part, adapter in parts]
         )
     grads: list[Tensor | None] = []
     row = column = 0
@@ -188,6 +189,13 @@ def backward_factors(
             grads += [da_RD[column : column + rank], db_Or]
         row, column = row + width, column + rank
     return grads
+
+
+def _summed(left: Tensor, right: Tensor) -> Tensor:
+    """A product over tokens, not rounded to 16 bits where the device can leave that out."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left @ right
 
 
 class Below(NamedTuple):

@@ -75,7 +75,8 @@ class Decoder:
         _check(model, self.decoder)
         self._layers: list[_Layer] = []
         self._seen: list[Any] = []
-        self._refresh()
+        self._changes = 0
+        self.refresh()
 
     def __call__(
         self,
@@ -92,7 +93,23 @@ class Decoder:
             rows_N: Which tokens.
             counters: Of LoRA's dropout, where it is wanted.
         """
-        self._refresh()
+        x_TD = self.run(ids_T, positions_T, documents=documents, counters=counters)
+        return self.normed(x_TD, rows_N)
+
+    def normed(self, x_TD: Tensor, rows_N: Tensor) -> Tensor:
+        """The last norm, of the tokens `rows_N` of what `run` gave."""
+        return self.decoder.norm(x_TD[rows_N])
+
+    def run(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        *,
+        documents: Documents,
+        counters: Counters | None,
+    ) -> Tensor:
+        """What the layers make of the tokens, [T, D]."""
+        self.refresh()
         x_TD = self.decoder.embed_tokens(ids_T[None])[0]
         # asked for float32, as the angles of a bfloat16 model are rounded nowhere else
         exact = x_TD.new_empty(0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
@@ -108,7 +125,11 @@ class Decoder:
                 )
             else:
                 x_TD = self._run(layer, around, x_TD, *factors)
-        return self.decoder.norm(x_TD[rows_N])
+        return x_TD
+
+    def factors(self) -> list[Tensor]:
+        """Every A and B that the layers read, in their order."""
+        return [f for layer in self._layers for f in layer.factors() if f is not None]
 
     def _run(self, layer: _Layer, around: Around, *given: Any) -> Tensor:
         x_TD, factors = given[0], given[1:]
@@ -121,18 +142,20 @@ class Decoder:
             keeps=self.recompute not in ("mlp", "half"),
         )  # fmt: skip
 
-    def _refresh(self) -> None:
+    def refresh(self) -> int:
         """Take up what somebody has changed since it was looked at: weights, which adapter is
-        active or merged, its scale and dropout.
+        active or merged, its scale and dropout. How many times there was something.
 
         Raises:
             Unfit: the kernels cannot run what the model has become.
         """
         layers = self.decoder.layers
         if self._seen == [sign for layer in layers for sign in _signs(layer)]:
-            return
+            return self._changes
+        self._changes += 1
         self._layers = [_taken(layer, at, dtype=self.dtype) for at, layer in enumerate(layers)]
         self._seen = [sign for layer in layers for sign in _signs(layer)]  # now side by side
+        return self._changes
 
 
 class Unfit(Exception):

@@ -1,0 +1,245 @@
+"""CUDA graphs of fused layers: forward and backward recorded once for a size, then replayed.
+
+Small models on a GPU wait for the host, which takes longer to launch a pass than the GPU to run it;
+a replay is one launch. A micro-batch is filled up to the next of a ladder of sizes by documents
+from which nothing is predicted: no other document sees them and their gradients are exactly 0. A
+size is run as it is when it is met first and recorded when it is met again, so that a short run
+pays nothing. Gradients are added up in tensors of their own, which become the parameters' `.grad`.
+`LORAFIT_GRAPHS=0` leaves all this out.
+"""
+
+# torch's operations on lists of tensors have no public names
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorafit.kernels.attention import Documents
+from lorafit.kernels.lora import Counters
+from lorafit.model.fused import Decoder
+
+LEAST, PARTS = 512, 8
+"""The smallest size; sizes between two powers of two."""
+MOST_GRAPHS = 64
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a graph is recorded for: tokens, documents, and a bound on the longest."""
+
+    tokens: int
+    documents: int
+    longest: int
+
+    @classmethod
+    def holding(cls, lengths: Sequence[int]) -> "Size":
+        """The smallest that holds documents of these lengths, and what fills it up."""
+        tokens, longest = rung(sum(lengths)), max(256, power_of_two(max(lengths)))
+        filling = -(-(tokens - sum(lengths)) // longest)
+        return cls(tokens, max(16, power_of_two(len(lengths) + filling)), longest)
+
+    def starts(self, lengths: Sequence[int]) -> list[int]:
+        """Where documents of these lengths begin, then those that fill up, then empty ones."""
+        left = self.tokens - sum(lengths)
+        filling = [min(self.longest, left - at) for at in range(0, left, self.longest)]
+        empty = [0] * (self.documents - len(lengths) - len(filling))
+        return list(accumulate([*lengths, *filling, *empty], initial=0))
+
+
+def rung(tokens: int) -> int:
+    """The smallest size of the ladder that holds so many: eighths between powers of two, so that
+    at most a ninth of it is left over."""
+    step = max(LEAST, power_of_two(tokens) // 2) // PARTS
+    return max(LEAST, -(-tokens // step) * step)
+
+
+def power_of_two(number: int) -> int:
+    """The smallest that is no less."""
+    return 1 << max(0, number - 1).bit_length()
+
+
+def wanted() -> bool:
+    """Whether nobody has asked for none."""
+    return os.environ.get("LORAFIT_GRAPHS") != "0"
+
+
+class Replaying:
+    """Runs a decoder as `Decoder` itself does, by replaying where a graph can be had.
+
+    Args:
+        decoder: Fused, in 16 bits on CUDA, its layers not made again as a whole.
+        per_token: Bytes that a token keeps for backward; a size that needs more than half of the
+            memory that is free is never recorded.
+    """
+
+    def __init__(self, decoder: Decoder, *, per_token: int) -> None:
+        self.decoder, self.per_token = decoder, per_token
+        self._met: set[Size] = set()
+        self._graphs: dict[Size, _Graph] = {}
+        self._sums: _Sums | None = None
+        self._signs: tuple[Any, ...] = ()
+        self._pool: Any = None
+
+    def __call__(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        *,
+        documents: Documents,
+        rows_N: Tensor,
+        counters: Counters | None,
+    ) -> Tensor:
+        """As `Decoder`."""
+        graph = self._graph(documents, counters) if torch.is_grad_enabled() else None
+        if graph is None:
+            return self.decoder(
+                ids_T, positions_T, documents=documents, rows_N=rows_N, counters=counters
+            )
+        graph.fill(ids_T, positions_T, documents=documents, counters=counters)
+        x_TD = _Replay.apply(graph.anchor, graph)
+        assert isinstance(x_TD, Tensor)
+        return self.decoder.normed(x_TD, rows_N)
+
+    def _graph(self, documents: Documents, counters: Counters | None) -> "_Graph | None":
+        trained = [factor for factor in self.decoder.factors() if factor.requires_grad]
+        pointers = tuple(tensor.data_ptr() for tensor in trained)
+        signs = (self.decoder.refresh(), counters is None, pointers)
+        if signs != self._signs:  # the model is another: what was recorded is of no use
+            self._signs, self._graphs, self._met = signs, {}, set()
+            self._sums = _Sums(trained)
+        assert self._sums is not None
+        size = Size.holding(documents.lengths)
+        if size in self._graphs:
+            return self._graphs[size]
+        if size not in self._met or not trained or not self._fits(size):
+            self._met.add(size)
+            return None
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = _Graph(
+            self.decoder, size, sums=self._sums, pool=self._pool, counted=counters is not None
+        )
+        self._graphs[size] = graph
+        return graph
+
+    def _fits(self, size: Size) -> bool:
+        if len(self._graphs) >= MOST_GRAPHS:
+            return False
+        unused = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free, _ = torch.cuda.mem_get_info()
+        return 2 * size.tokens * self.per_token < free + unused
+
+
+class _Sums:
+    """The gradients of some parameters, added up by graphs in tensors that stay."""
+
+    def __init__(self, trained: list[Tensor]) -> None:
+        self.trained = trained
+        self.sums = [torch.zeros_like(tensor) for tensor in trained]
+
+    def open(self) -> None:
+        """Let them be the parameters' `.grad`, with what that held."""
+        fresh = [s for p, s in zip(self.trained, self.sums, strict=True) if p.grad is None]
+        if fresh:
+            torch._foreach_zero_(fresh)
+        for parameter, total in zip(self.trained, self.sums, strict=True):
+            if parameter.grad is not None and parameter.grad is not total:
+                total.copy_(parameter.grad)
+            parameter.grad = total
+
+    def close(self) -> None:
+        """Tell whoever waits for gradients, as autograd would."""
+        for parameter in self.trained:
+            hooks = parameter._post_accumulate_grad_hooks
+            for hook in list(hooks.values()) if hooks else ():
+                hook(parameter)
+
+
+class _Graph:
+    """The layers recorded for one size: `fill`, `forward`, `backward`, in this order."""
+
+    def __init__(
+        self, decoder: Decoder, size: Size, *, sums: _Sums, pool: Any, counted: bool
+    ) -> None:
+        device = sums.trained[0].device
+        self.size, self.sums = size, sums
+        self.anchor = torch.zeros((), device=device, requires_grad=True)
+        self.ids_T, self.positions_T, *counters = (
+            torch.zeros(size.tokens, dtype=torch.int64, device=device)
+            for _ in range(4 if counted else 2)
+        )
+        self.counters = Counters(*counters) if counted else None
+        starts = torch.tensor(size.starts([size.longest]), dtype=torch.int32, device=device)
+        self.documents = Documents((), starts, size.longest)
+        self._warm_up(decoder)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
+            x_TD = self._run(decoder)
+        self.dx_TD = torch.empty_like(x_TD)
+        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
+            made = torch.autograd.grad(x_TD, sums.trained, self.dx_TD)
+            torch._foreach_add_(sums.sums, list(made))
+        self.x_TD = x_TD.detach()
+
+    def _run(self, decoder: Decoder) -> Tensor:
+        return decoder.run(
+            self.ids_T, self.positions_T, documents=self.documents, counters=self.counters
+        )
+
+    def _warm_up(self, decoder: Decoder) -> None:
+        """Whatever is compiled or loaded on a first call: nothing of that can be recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            x_TD = self._run(decoder)
+            torch.autograd.grad(x_TD, self.sums.trained, torch.zeros_like(x_TD))
+        torch.cuda.current_stream().wait_stream(stream)
+
+    def fill(
+        self,
+        ids_T: Tensor,
+        positions_T: Tensor,
+        *,
+        documents: Documents,
+        counters: Counters | None,
+    ) -> None:
+        """Take a micro-batch."""
+        given = [(self.ids_T, ids_T), (self.positions_T, positions_T)]
+        if self.counters and counters:
+            given.append((self.counters.keys_T, counters.keys_T))
+            given.append((self.counters.places_T, counters.places_T))
+        for into, tensor in given:
+            into[: len(tensor)].copy_(tensor)
+            into[len(tensor) :].zero_()
+        assert self.documents.starts is not None
+        starts = torch.tensor(self.size.starts(documents.lengths), dtype=torch.int32)
+        self.documents.starts.copy_(starts, non_blocking=True)
+
+    def forward(self) -> Tensor:
+        """What the layers make of it, [T, D]; valid until the next micro-batch."""
+        self.forward_graph.replay()
+        return self.x_TD.detach()
+
+    def backward(self, dx_TD: Tensor) -> None:
+        """Add the gradients to the parameters' own."""
+        self.dx_TD.copy_(dx_TD)
+        self.sums.open()
+        self.backward_graph.replay()
+        self.sums.close()
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, graph: _Graph) -> Tensor:  # noqa: ARG004
+        ctx.graph = graph
+        return graph.forward()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.graph.backward(grads[0])
+        return None, None
