@@ -25,7 +25,7 @@ from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
 
 OURS = (PadCollator, DataCollatorForLanguageModeling)
-TOKENS = {"cpu": 1024, "cuda": 8192}
+TOKENS = {"cpu": 1024, "cuda": 16384}
 """Tokens of a micro-batch where nobody says: a layer's rows lie within a CPU's last cache; a GPU
 gets as many as its memory holds, this many at most."""
 

@@ -39,10 +39,11 @@ class Size:
 
     @classmethod
     def holding(cls, lengths: Sequence[int]) -> "Size":
-        """The smallest that holds documents of these lengths, and what fills it up."""
-        tokens, longest = rung(sum(lengths)), max(256, power_of_two(max(lengths)))
+        """The smallest that holds documents of these lengths, and what fills it up. Documents and
+        the bound are counted coarsely, as what is not there costs next to nothing."""
+        tokens, longest = rung(sum(lengths)), power_of_four(max(lengths), least=512)
         filling = -(-(tokens - sum(lengths)) // longest)
-        return cls(tokens, max(16, power_of_two(len(lengths) + filling)), longest)
+        return cls(tokens, power_of_four(len(lengths) + filling, least=16), longest)
 
     def starts(self, lengths: Sequence[int]) -> list[int]:
         """Where documents of these lengths begin, then those that fill up, then empty ones."""
@@ -62,6 +63,11 @@ def rung(tokens: int) -> int:
 def power_of_two(number: int) -> int:
     """The smallest that is no less."""
     return 1 << max(0, number - 1).bit_length()
+
+
+def power_of_four(number: int, *, least: int) -> int:
+    """The smallest of `least`, 4 x `least`, 16 x `least`, ... that is no less."""
+    return least if number <= least else power_of_four(number, least=4 * least)
 
 
 def wanted() -> bool:

@@ -166,7 +166,7 @@ def packed(
     kept = [place for place, document in enumerate(documents) if len(document.ids)]
     if not kept:
         kept, documents[0] = [0], _bare(documents[0])
-    bins = best_fit([len(documents[place].ids) for place in kept], budget=budget)
+    bins = _even_bins([len(documents[place].ids) for place in kept], budget=budget)
     made = []
     for members in bins:
         places = [kept[member] for member in members]
@@ -267,6 +267,17 @@ def _example(ids: Tensor, labels: Tensor) -> Document:
 def _bare(document: Document) -> Document:
     """One token that predicts nothing: a step without supervision still has a gradient, of 0."""
     return Document(torch.zeros(1, dtype=torch.int64), torch.full((1,), IGNORE), document.tokens)
+
+
+def _even_bins(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
+    """As few bins as best fit needs, none of them a small rest if it can be helped: a micro-batch
+    of few tokens costs a processor more of its time for each."""
+    bins = best_fit(lengths, budget=budget)
+    mean = -(-sum(lengths) // len(bins))
+    for room in (mean + (budget - mean) * part // 8 for part in range(1, 8) if mean < budget):
+        if len(even := best_fit(lengths, budget=room)) == len(bins):
+            return even
+    return bins
 
 
 def best_fit(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
