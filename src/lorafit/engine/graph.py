@@ -43,7 +43,7 @@ class Size:
         the bound are counted coarsely, as what is not there costs next to nothing."""
         tokens, longest = rung(sum(lengths)), power_of_four(max(lengths), least=512)
         filling = -(-(tokens - sum(lengths)) // longest)
-        return cls(tokens, power_of_four(len(lengths) + filling, least=16), longest)
+        return cls(tokens, power_of_four(len(lengths) + filling, least=32), longest)
 
     def starts(self, lengths: Sequence[int]) -> list[int]:
         """Where documents of these lengths begin, then those that fill up, then empty ones."""
@@ -88,7 +88,7 @@ class Replaying:
         self.decoder, self.per_token = decoder, per_token
         self._met: set[Size] = set()
         self._graphs: dict[Size, _Graph] = {}
-        self._sums: _Sums | None = None
+        self._sums: Sums | None = None
         self._signs: tuple[Any, ...] = ()
         self._pool: Any = None
 
@@ -118,7 +118,7 @@ class Replaying:
         signs = (self.decoder.refresh(), counters is None, pointers)
         if signs != self._signs:  # the model is another: what was recorded is of no use
             self._signs, self._graphs, self._met = signs, {}, set()
-            self._sums = _Sums(trained)
+            self._sums = Sums(trained)
         assert self._sums is not None
         size = Size.holding(documents.lengths)
         if size in self._graphs:
@@ -141,7 +141,7 @@ class Replaying:
         return 2 * size.tokens * self.per_token < free + unused
 
 
-class _Sums:
+class Sums:
     """The gradients of some parameters, added up by graphs in tensors that stay."""
 
     def __init__(self, trained: list[Tensor]) -> None:
@@ -170,7 +170,7 @@ class _Graph:
     """The layers recorded for one size: `fill`, `forward`, `backward`, in this order."""
 
     def __init__(
-        self, decoder: Decoder, size: Size, *, sums: _Sums, pool: Any, counted: bool
+        self, decoder: Decoder, size: Size, *, sums: Sums, pool: Any, counted: bool
     ) -> None:
         device = sums.trained[0].device
         self.size, self.sums = size, sums

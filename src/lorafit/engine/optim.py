@@ -244,13 +244,13 @@ def named(arguments: TrainingArguments, device: torch.device) -> Recipe:
     name, notice = arguments.optim, ""
     if name.startswith("paged_") and device.type != "cuda":
         name, notice = _unpaged(name)
-    kind, options = _kind(name, arguments, device)
+    kind, options = _kind(name, arguments, device=device)
     options = {"lr": arguments.learning_rate, **options, **_extra(arguments.optim_args)}
     return Recipe(kind, options, notice)
 
 
 def _kind(
-    name: str, arguments: TrainingArguments, device: torch.device
+    name: str, arguments: TrainingArguments, *, device: torch.device
 ) -> tuple[type[Optimizer], dict[str, Any]]:
     adam = {
         "betas": (arguments.adam_beta1, arguments.adam_beta2),

@@ -1,8 +1,8 @@
 """The passes between matrix products: norms, rotary embedding, SwiGLU, LoRA's dropout.
 
 Each is plain torch first, which any device and dtype can run (float64 for gradcheck) and which says
-what is computed. On a CPU `native.cpp` does the same in one pass, on CUDA cuda.py. Nothing here knows
-autograd.
+what is computed. On a CPU `native.cpp` does the same in one pass, on CUDA cuda.py does.
+Nothing here knows autograd.
 Shapes: `T` tokens, `D` hidden, `F` feed-forward, `H` heads, `E` head width.
 """
 

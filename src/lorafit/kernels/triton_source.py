@@ -1,0 +1,145 @@
+"""What cuda.py launches: Triton's own language in Python's syntax.
+
+`width` is the length of a row; a program's first axis is its row, or a group of rows. Kernels are
+named after the plain functions in elementwise.py and cross_entropy.py that say what they compute.
+"""
+
+# pyright: basic, reportMissingImports=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rms_norm(
+    x, weight, y, rstd, rows, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    row, at = tile(ROWS, WIDTH)
+    inside = (row < rows) & (at < width)
+    wide = tl.load(x + row * width + at, inside, 0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, 1) / width + eps)
+    normed = (wide * scale[:, None]).to(x.dtype.element_ty).to(tl.float32)
+    normed *= tl.load(weight + at, at < width, 0.0).to(tl.float32)
+    if weight.dtype == x.dtype:
+        normed = normed.to(x.dtype.element_ty)
+    tl.store(y + row * width + at, normed, inside)
+    first = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(rstd + first, scale, first < rows)
+
+
+@triton.jit
+def rms_norm_backward(
+    dy, x, weight, rstd, residual, dx, rows, width,
+    ADDS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row, at = tile(ROWS, WIDTH)
+    inside = (row < rows) & (at < width)
+    scale = tl.load(rstd + row, row < rows, 0.0)
+    scaled = tl.load(dy + row * width + at, inside, 0.0).to(tl.float32)
+    scaled *= tl.load(weight + at, at < width, 0.0).to(tl.float32)
+    hat = tl.load(x + row * width + at, inside, 0.0).to(tl.float32) * scale
+    along = tl.sum(scaled * hat, 1) / width
+    made = scale * (scaled - hat * along[:, None])
+    if ADDS:
+        made += tl.load(residual + row * width + at, inside, 0.0).to(tl.float32)
+    tl.store(dx + row * width + at, made, inside)
+
+
+@triton.jit
+def tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row[:, None], tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def rotate(
+    x, cosine, sine, stride, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    inside = (head < heads) & (at < half)
+    low_at = x + token * stride + head * half * 2 + at
+    low = tl.load(low_at, inside, 0.0).to(tl.float32)
+    high = tl.load(low_at + half, inside, 0.0).to(tl.float32)
+    turn = token * half * 2 + at
+    cosine_low = tl.load(cosine + turn, at < half, 0.0)
+    cosine_high = tl.load(cosine + turn + half, at < half, 0.0)
+    sine_low = tl.load(sine + turn, at < half, 0.0) * sign
+    sine_high = tl.load(sine + turn + half, at < half, 0.0) * sign
+    tl.store(low_at, low * cosine_low - high * sine_low, inside)
+    tl.store(low_at + half, high * cosine_high + low * sine_high, inside)
+
+
+@triton.jit
+def swiglu(both, h, width, TILE: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    gate = tl.load(both + row * width * 2 + at, at < width, 0.0).to(tl.float32)
+    up = tl.load(both + row * width * 2 + width + at, at < width, 0.0).to(tl.float32)
+    silu = (gate * tl.sigmoid(gate)).to(h.dtype.element_ty).to(tl.float32)
+    tl.store(h + row * width + at, silu * up, at < width)
+
+
+@triton.jit
+def swiglu_backward(both, dh, h, width, TILE: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    gate_at = both + row * width * 2 + at
+    gate = tl.load(gate_at, at < width, 0.0).to(tl.float32)
+    up = tl.load(gate_at + width, at < width, 0.0).to(tl.float32)
+    grad = tl.load(dh + row * width + at, at < width, 0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(gate)
+    silu = gate * sigmoid
+    tl.store(h + row * width + at, silu.to(both.dtype.element_ty).to(tl.float32) * up, at < width)
+    tl.store(gate_at, grad * up * sigmoid * (1.0 + gate - silu), at < width)
+    tl.store(gate_at + width, grad * silu, at < width)
+
+
+@triton.jit
+def dropped(x, y, keys, places, width, threshold, scale, TILE: tl.constexpr):
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
+    index = (tl.load(places + row) * width + at).to(tl.uint32)
+    z = (index * 0x9E3779B9).to(tl.uint32) ^ tl.load(keys + row).to(tl.uint32)
+    z = ((z ^ (z >> 16)) * 0x7FEB352D).to(tl.uint32)
+    z = ((z ^ (z >> 15)) * 0x846CA68B).to(tl.uint32)
+    z = z ^ (z >> 16)
+    value = tl.load(x + row * width + at, at < width, 0.0).to(tl.float32) * scale
+    tl.store(y + row * width + at, tl.where(z.to(tl.int64) >= threshold, value, 0.0), at < width)
+
+
+@triton.jit
+def cross_entropy(
+    logits, targets, nats, width, smoothing, softcap, lift,
+    CAPPED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    base, target = logits + row * width, tl.load(targets + row)
+    highest = tl.full((), float("-inf"), tl.float32)
+    total, summed, hit = 0.0, 0.0, 0.0
+    for start in range(0, width, TILE):
+        at = start + tl.arange(0, TILE)
+        z = capped(tl.load(base + at, at < width, float("-inf")), softcap, CAPPED)
+        z = tl.where(at < width, z, float("-inf"))
+        higher = tl.maximum(highest, tl.max(z, 0))
+        total = total * tl.exp(highest - higher) + tl.sum(tl.exp(z - higher), 0)
+        summed += tl.sum(tl.where(at < width, z, 0.0), 0)
+        hit += tl.sum(tl.where(at == target, z, 0.0), 0)
+        highest = higher
+    logarithm = highest + tl.log(total)
+    value = logarithm - (1.0 - smoothing) * hit - smoothing / width * summed
+    known = (target >= 0) & (target < width)  # of any other the loss is not a number
+    tl.store(nats + row, tl.where(known, value, float("nan")))
+    for start in range(0, width, TILE):
+        at = start + tl.arange(0, TILE)
+        z = capped(tl.load(base + at, at < width, 0.0), softcap, CAPPED)
+        grad = tl.exp(z - logarithm) - smoothing / width
+        grad -= tl.where(at == target, 1.0 - smoothing, 0.0)
+        if CAPPED:
+            grad *= 1.0 - (z / softcap) * (z / softcap)
+        tl.store(base + at, grad * lift, at < width)
+
+
+@triton.jit
+def capped(value, softcap, CAPPED: tl.constexpr):
+    wide = value.to(tl.float32)
+    if CAPPED:  # tanh
+        wide = softcap * (2.0 * tl.sigmoid(2.0 * wide / softcap) - 1.0)
+    return wide

@@ -1,0 +1,54 @@
+"""Triton's passes against plain torch, in Triton's interpreter: their logic, without a GPU.
+
+In a process of its own, as Triton reads how it is to run when it is imported. bfloat16 is left to
+tests/gpu: the interpreter cuts where hardware rounds.
+"""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+PROGRAMME = """
+import torch
+from lorafit.kernels import cross_entropy, cuda, elementwise, native
+from tests.kernels.test_elementwise import every_pass, values
+
+native.function = lambda *_: None
+for dtype, rounding in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
+    plain = every_pass(dtype)
+    cuda.runs = lambda *_: True
+    ours = every_pass(dtype)
+    heads = [cross_entropy.Head(torch.empty(0), cap, share) for cap in (0, 5) for share in (0, .1)]
+    targets = torch.arange(37)
+    for number, head in enumerate(heads):
+        for found, runs in ((ours, True), (plain, False)):
+            cuda.runs = lambda *_, runs=runs: runs
+            logits = values(37, 3000, dtype=dtype)
+            found[f"nats {number}"] = cross_entropy._nats_(logits, targets, head=head)
+            found[f"logits {number}"] = logits
+    for name, expected in plain.items():
+        error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
+        assert float(error) < rounding, (name, float(error))
+    assert torch.equal(ours["dropped"], plain["dropped"])
+lost = cuda.cross_entropy_(values(2, 30, dtype=torch.float32), torch.tensor([3, 30]), 0, 0, 1)
+assert lost.isfinite().tolist() == [True, False], "a label beyond the vocabulary"
+"""
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_passes_are_the_plain_ones() -> None:
+    root = Path(__file__).parents[2]
+    surroundings = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(
+            [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
+        ),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAMME], env=surroundings, capture_output=True, text=True
+    )
+    assert not done.returncode, done.stderr
