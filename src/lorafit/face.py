@@ -112,7 +112,7 @@ class Face:
         settings = self._settings
         complaints = settings.check()
         if complaints:
-            raise ConfigError("\n".join(complaints))
+            raise ConfigError(complaints)
         return settings
 
     def _callback_arguments(self) -> Any:

@@ -63,7 +63,7 @@ class Knob:
 
     def complaint(self, value: Any) -> str:
         """What is wrong with `value`, in one line; empty if nothing is."""
-        shown = f"{self.name}={value!r}"
+        shown = f"{self.name}={value!r:.200}"
         if not fits(value, self.kind):
             return f"{shown} is not {spoken(self.kind)}."
         if isinstance(value, str) and self.choices and value not in self.choices:
@@ -75,7 +75,7 @@ class Knob:
         if not fits(number, float):
             return ""
         low, high = self.span
-        if not math.isfinite(number):
+        if not -math.inf < number < math.inf:
             return "not finite"
         if low is not None and number < low:
             return f"below {low:g}"
