@@ -75,7 +75,8 @@ class Knob:
         if not fits(number, float):
             return ""
         low, high = self.span
-        if not -math.inf < number < math.inf:
+        too_long = isinstance(number, int) and number.bit_length() > 1_000  # for any float
+        if too_long or not math.isfinite(number):
             return "not finite"
         if low is not None and number < low:
             return f"below {low:g}"
