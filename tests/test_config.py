@@ -177,7 +177,9 @@ def test_any_text_survives_the_round_trip(name: str, tmp_path_factory: Any) -> N
 
 # ---- whatever a stranger writes ------------------------------------------------------------------
 
-NAMES = strategies.sampled_from(["seed", "max_steps", "learning_rate", "bf16", "label_names", "sed"])
+NAMES = strategies.sampled_from(
+    ["seed", "max_steps", "learning_rate", "bf16", "label_names", "sed"]
+)
 SNIPPETS = strategies.sampled_from(
     [": ", "\n", "- ", "[", "]", "{", "}", ", ", "&a ", "*a", "!!int ", "? ", "<<: ", "| \n ", "> ", "'",
      '"', "#", "---\n", "...\n", "%YAML 1.1\n", "no", "on", "12:30", "1e-4", "0x1f", "010", ".inf", ".nan",
@@ -225,7 +227,9 @@ def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
             config.load(path, {})
 
 
-@pytest.mark.parametrize("name", ["learning_rate", "seed", "weight_decay", "max_steps", "eval_steps"])
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "seed", "weight_decay", "max_steps", "eval_steps"]
+)
 def test_a_number_beyond_all_floats_is_a_complaint(write: Any, name: str) -> None:
     with pytest.raises(ConfigError, match=f":1: {name}=999.*not finite"):
         config.load(write(f"{name}: {'9' * 400}\n"), NEEDED)

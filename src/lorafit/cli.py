@@ -35,7 +35,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the `lorafit` command."""
-    if sys.argv[1:2] == ["check"] and "--trust-remote-code" not in sys.argv:
+    trusts = any(word.startswith("--trust-remote-code") for word in sys.argv)
+    if sys.argv[1:2] == ["check"] and not trusts:
         # transformers imports torch for its tokenizers wherever it finds it, and needs it for none
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that torch is not there

@@ -30,7 +30,11 @@ class LorafitError(Exception):
     """
 
     def __init__(
-        self, what: str | Sequence[str], *, why: str | Sequence[str] = "", fix: str | Sequence[str] = ""
+        self,
+        what: str | Sequence[str],
+        *,
+        why: str | Sequence[str] = "",
+        fix: str | Sequence[str] = "",
     ) -> None:
         self.what, self.why, self.fix = _lines(what), _lines(why), _lines(fix)
         super().__init__(str(self))
