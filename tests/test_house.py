@@ -26,8 +26,8 @@ PACKAGE = ROOT / "src" / "lorafit"
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 11_500, 17_500
 ROOM_CODE = {  # "" is the files at the top, together
     "": 3_400,
-    "data": 2_600,
-    "model": 1_350,
+    "data": 2_625,  # docs/decisions/0006-strangers-files.md
+    "model": 1_800,
     "kernels": 1_200,
     "engine": 1_500,
     "run": 1_500,

@@ -230,7 +230,7 @@ def _own(base: nn.Module) -> dict[str, Tensor]:
 
 
 def _in_memory(base: nn.Module) -> str | None:
-    """The fingerprint of the base as it is; None where training changes it, or it lies elsewhere."""
+    """The fingerprint of the base as it is; None where training changes it, or it is not here."""
     formats = {dtype: name for name, dtype in _FORMATS.items()}
     trained = any(p.requires_grad for n, p in base.named_parameters() if not _ADDED.search(n))
     own = _own(base)
