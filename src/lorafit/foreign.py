@@ -26,13 +26,17 @@ def opened(path: Path) -> BinaryIO:
         OSError: not there, not to be read, or a pipe, a socket or a device.
     """
     try:
-        file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NOT_WAITING))
+        file = open(path, "rb", opener=_open)  # noqa: SIM115 the caller closes it
     except ValueError as error:  # a NUL in its name
         raise OSError(errno.EINVAL, "no file has such a name", str(path)) from error
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         return file
     file.close()
     raise OSError(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+
+
+def _open(name: str, flags: int) -> int:
+    return os.open(name, flags | _NOT_WAITING)
 
 
 def read(path: Path, *, most: int = MOST_BYTES) -> bytes:

@@ -7,6 +7,7 @@ import, connection or opened canary.
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -170,7 +171,7 @@ BASES: dict[str, tuple[Harm, str]] = {
     ),
     "tokenizer code": (
         base_setting(
-            "tokenizer_config.json", tokenizer_class="Odd", auto_map={"AutoTokenizer": ["m.T", None]}
+            "tokenizer_config.json", tokenizer_class="Odd", auto_map={"AutoTokenizer": ["m.T"]}
         ),
         "Python code of its own",
     ),
@@ -207,14 +208,15 @@ def watch(event, given):
     if not armed:
         return
     told = None
-    if event in ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "pickle.find_class"):
+    acts = ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect")
+    if event in acts or event == "pickle.find_class":
         told = (event, given)
     elif event == "subprocess.Popen" and "-I" not in given[1]:
         told = (event, given)
     elif event == "import" and "canary" in str(given[0]):
         told = (event, given)
-    elif event == "open" and ("canary" in str(given[0]) or str(given[0]).endswith((".bin", ".pt", ".pth"))
-                              or str(given[0]) in ("/etc/passwd", "/dev/zero")):
+    elif event == "open" and ("canary" in (name := str(given[0])) or name == "/etc/passwd"
+                              or name.endswith((".bin", ".pt", ".pth", "/zero"))):
         told = (event, given)
     if told:
         os.write(1, ("HARM " + repr(told)[:300] + "\\n").encode())
@@ -279,8 +281,6 @@ def verdicts(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
 def test_each_is_refused_by_name(
     verdicts: dict[tuple[str, str], str], kind: str, name: str
 ) -> None:
-    import re
-
     said = verdicts[kind, name]
     expected = (ADAPTERS if kind == "adapter" else BASES)[name][1]
     found = re.search(expected, said) or expected in said

@@ -368,7 +368,7 @@ _BY_DOCUMENTS = "lorafit_documents"
 
 
 def files_here(name: str, revision: str | None = None) -> Path | None:
-    """The folder on this machine that holds the base of that name, or of that Hub id; no network."""
+    """The folder here that holds the base of that name, or of that Hub id; no network."""
     with suppress(OSError, ValueError):  # a folder that is gone, or no name at all
         file = cached_file(name, "config.json", revision=revision, local_files_only=True)
         return Path(file).parent if file else None

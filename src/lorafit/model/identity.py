@@ -54,8 +54,8 @@ def identity(model: nn.Module) -> dict[str, str]:
 def described(model: nn.Module | str | Path) -> dict[str, Any]:
     """The base for people and for `check_same`.
 
-    Reads the whole of its files at the first look (a second for a gigabyte), and milliseconds later,
-    until their size or times change.
+    Reads the whole of its files at the first look (a second for a gigabyte), and milliseconds
+    later, until their size or times change.
 
     Args:
         model: A module (adapters are left out of its numbers), or a folder.
@@ -114,7 +114,7 @@ def check_same(folder: Path, *, recorded: Mapping[str, Any], base: str) -> None:
         f"those of {trained}.",
         why="An adapter corrects the very numbers it was trained over; over others it answers like "
         "no model that was ever trained.",
-        fix="Give the base it was trained over: --base FOLDER_OR_ID; or go on all the same: --accept",
+        fix="Give the base it was trained over: --base FOLDER_OR_ID; or to go on: --accept",
     )
 
 
@@ -178,7 +178,7 @@ def _known(file: Path, *, whole: bool = False) -> dict[str, Any]:
         if "tensors" not in known:
             header = guard.header(file)
             known["tensors"] = [
-                _digest(name, tensor.dtype, tensor.shape, read=_from(stream.fileno(), tensor))
+                _digest(name, (tensor.dtype, tensor.shape), read=_from(stream.fileno(), tensor))
                 for name, tensor in header.items()
             ]
         if whole:
@@ -207,9 +207,10 @@ def _fingerprint(digests: Iterable[str]) -> str:
 
 
 def _digest(
-    name: str, dtype: str, shape: Iterable[int], *, read: Callable[[int, int], bytes]
+    name: str, kind: tuple[str, Iterable[int]], *, read: Callable[[int, int], bytes]
 ) -> str:
-    """A tensor's digest; `read` gives its bytes by start and length."""
+    """The digest of a tensor of that format and shape; `read` gives bytes by start and length."""
+    dtype, shape = kind
     size = torch.Size(shape).numel() * _FORMATS[dtype].itemsize if dtype in _FORMATS else 0
     parts = name.split(".")
     place = ".".join([*filter(str.isdigit, parts), *parts[-2:]])
@@ -237,7 +238,7 @@ def _in_memory(base: nn.Module) -> str | None:
     if trained or not all(t.device.type != "meta" and t.dtype in formats for t in own.values()):
         return None
     return _fingerprint(
-        _digest(name, formats[tensor.dtype], tensor.shape, read=_of(tensor))
+        _digest(name, (formats[tensor.dtype], tensor.shape), read=_of(tensor))
         for name, tensor in own.items()
     )
 

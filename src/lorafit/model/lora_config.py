@@ -55,7 +55,9 @@ def checked(written: Mapping[str, Any], *, usual: Mapping[str, Any], file: Path)
     kind = written.get("peft_type")
     if kind != "LORA":
         raise ModelError(f"{file.parent} holds a {kind!r:.40} adapter; lorafit loads LoRA.")
-    faults = [fault for name, value in written.items() if (fault := _fault(name, value, usual))]
+    faults = [
+        fault for name, value in written.items() if (fault := _fault(name, value, usual=usual))
+    ]
     if faults:
         raise ModelError(
             f"{file} is refused: {'; '.join(faults)}.",
@@ -67,7 +69,7 @@ def checked(written: Mapping[str, Any], *, usual: Mapping[str, Any], file: Path)
     return {**taken, "init_lora_weights": True}
 
 
-def _fault(name: str, value: Any, usual: Mapping[str, Any]) -> str:
+def _fault(name: str, value: Any, *, usual: Mapping[str, Any]) -> str:
     shown = f"{name}={value!r:.80}"
     if name in KINDS:
         if not fits(value, KINDS[name]):
