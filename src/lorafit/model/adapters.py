@@ -425,7 +425,12 @@ def _home(folder: Path, name: str) -> Path:
     """
     if name == "default":
         return folder
-    if Path(name).name != name or "\0" in name or len(os.fsencode(name)) > _LONGEST:
+    if (
+        Path(name).name != name
+        or name in ("", "..")
+        or "\0" in name
+        or len(os.fsencode(name)) > _LONGEST
+    ):
         raise ModelError(
             f"{name:.80}: an adapter of this name cannot be saved.",
             why="An adapter lies in a folder of its name.",

@@ -45,9 +45,11 @@ _FORMATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 
 def identity(model: nn.Module) -> dict[str, str]:
     """What must be the same for a run to go on, or an adapter to fit: the part of `described` that
-    no move, new cut or new name of the files changes. What is unknown is left out."""
+    no move, new cut or new name of the files changes. What is unknown is left out, and so is the
+    fingerprint of a model without adapter, which training changes."""
     known = described(model)
-    names = ("model_type", "parameters", "dtype", "fingerprint")
+    adapted = any(_ADDED.search(name) for name, _ in model.named_parameters())
+    names = ("model_type", "parameters", "dtype", *(["fingerprint"] if adapted else []))
     return {name: str(known[name]) for name in names if known[name] is not None}
 
 
@@ -233,14 +235,25 @@ def _own(base: nn.Module) -> dict[str, Tensor]:
 def _in_memory(base: nn.Module) -> str | None:
     """The fingerprint of the base as it is; None where training changes it, or it is not here."""
     formats = {dtype: name for name, dtype in _FORMATS.items()}
-    trained = any(p.requires_grad for n, p in base.named_parameters() if not _ADDED.search(n))
     own = _own(base)
-    if trained or not all(t.device.type != "meta" and t.dtype in formats for t in own.values()):
+    if _trained(base) or not all(
+        t.device.type != "meta" and t.dtype in formats for t in own.values()
+    ):
         return None
     return _fingerprint(
         _digest(name, (formats[tensor.dtype], tensor.shape), read=_of(tensor))
         for name, tensor in own.items()
     )
+
+
+def _trained(base: nn.Module) -> set[str]:
+    """The base's own parameters that are trained beside an adapter; none where there is none, as a
+    whole model is told by the numbers that it has."""
+    named = dict(base.named_parameters())
+    if not any(map(_ADDED.search, named)):
+        return set()
+    own = {name: p for name, p in named.items() if not _ADDED.search(name)}
+    return {_AROUND.sub("", name) for name, p in own.items() if p.requires_grad}
 
 
 def _of(tensor: Tensor) -> Callable[[int, int], bytes]:
@@ -251,8 +264,7 @@ def _of(tensor: Tensor) -> Callable[[int, int], bytes]:
 def _came_from(base: nn.Module, tensors: Mapping[str, tuple[Path, Stored]]) -> bool:
     """Whether the frozen tensors of `base` hold the numbers of those in its files, as far as a few
     can be compared: a model may carry the name of a folder whose configuration alone was used."""
-    trained = {_AROUND.sub("", n) for n, p in base.named_parameters() if p.requires_grad}
-    prefix = f"{getattr(base, 'base_model_prefix', '')}."
+    trained, prefix = _trained(base), f"{getattr(base, 'base_model_prefix', '')}."
     pairs: list[tuple[Tensor, tuple[Path, Stored]]] = []
     for name, tensor in _own(base).items():
         found = tensors.get(name) or tensors.get(name.removeprefix(prefix))
