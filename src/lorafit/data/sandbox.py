@@ -80,6 +80,10 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+def _draw(*_: Any) -> NoReturn:
+    sys.exit("it draws random numbers")
+
+
 def _as_json(
     value: Any,
     *,
@@ -111,7 +115,7 @@ def _main() -> None:
     environment.filters["tojson"] = _as_json
     environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
     # chance would let a template behave here and not later; such a one is no template to trust
-    del environment.filters["random"], environment.globals["lipsum"]
+    environment.filters["random"] = environment.globals["lipsum"] = _draw
     try:
         template = environment.from_string(asked["template"])
     except TemplateError as error:
