@@ -1,5 +1,7 @@
 """YAML and flags -> panels: who set what, every complaint with its place, strict reading."""
 
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +118,17 @@ def test_all_complaints_at_once_each_with_its_place(write: Any) -> None:
         ("{seed: 1, seed: 1}\n", ":1: seed is set on line 1 already"),
         ("lr_scheduler_kwargs:\n  a: 1\n  a: 2\n", ":3: a is set on line 2 already"),
         ("model: &m x\ndata: *m\n", ":1: anchors and aliases"),
-        ("model: !!python/object/apply:os.getcwd []\n", ":1: could not determine"),
+        ("model: !!python/object/apply:os.getcwd []\n", ":1: the tag "),
         ("model: [1\n", "run.yaml:2: "),
         ("a: " + "[" * 50 + "]" * 50, "nested too deeply"),
         ("--- \nseed: 1\n---\nseed: 2\n", "document"),
         ("model: \x07\n", "special characters"),
         (b"model: \xff\n", "not UTF-8"),
-        ("model: " + "x" * 1_000_001, "larger than 1 MB"),
+        ("model: " + "x" * 100_001, "larger than 0.1 MB"),
+        ("seed: " + "9" * 5_000, ":1: a number of more digits"),
+        ("seed: !!int '0x'\n", ":1: the tag tag:yaml.org,2002:int is not read"),
+        ("a: 1\n? [b]\n: 2\n", ":2: a name is one word or a few"),
+        ("? " + "x" * 2_000 + "\n: 2\n", ":1: a name is one word or a few"),
     ],
 )
 def test_a_file_that_is_not_a_configuration(write: Any, text: str | bytes, said: str) -> None:
@@ -167,3 +173,68 @@ def test_any_text_survives_the_round_trip(name: str, tmp_path_factory: Any) -> N
     path = tmp_path_factory.mktemp("c") / "c.yaml"
     path.write_text(config.dump(made), encoding="utf-8")
     assert config.load(path, {}).training.run_name == name
+
+
+# ---- whatever a stranger writes ------------------------------------------------------------------
+
+NAMES = strategies.sampled_from(
+    ["seed", "max_steps", "learning_rate", "bf16", "label_names", "sed"]
+)
+SNIPPETS = strategies.sampled_from(
+    [": ", "\n", "- ", "[", "]", "{", "}", ", ", "&a ", "*a", "!!int ", "? ", "<<: ", "| \n ", "'",
+     '"', "> ", "#", "---\n", "...\n", "%YAML 1.1\n", "no", "on", "12:30", "1e-4", "0x1f", "010",
+     ".inf", ".nan", "1e999", "9" * 330, "9" * 4_400, "null", "~", "true", "\t", "\\x1b", "\x85",
+     "\u2028", "\ufeff", "=", "@"]
+)  # fmt: skip
+TEXTS = strategies.lists(NAMES | SNIPPETS | strategies.text(max_size=4), max_size=30).map("".join)
+WRITTEN = TEXTS.map(lambda text: text.encode("utf-8", "surrogatepass")) | strategies.binary(
+    max_size=60
+)
+
+
+def _loads_or_complains(content: bytes, folder: Path) -> None:
+    path = folder / "c.yaml"
+    path.write_bytes(content)
+    complaint: ConfigError | None = None
+    try:
+        config.load(path, NEEDED)
+    except ConfigError as error:
+        complaint = error
+    if complaint:
+        lines = str(complaint).split("\n")
+        assert "c.yaml" in complaint.what and all(map(str.isprintable, lines))
+
+
+@settings(max_examples=250, deadline=None)
+@given(content=WRITTEN)
+def test_any_file_is_a_configuration_or_a_complaint(content: bytes, tmp_path_factory: Any) -> None:
+    _loads_or_complains(content, tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.slow
+@settings(max_examples=20_000, deadline=None)
+@given(content=WRITTEN)
+def test_very_many_files_are_too(content: bytes, tmp_path_factory: Any) -> None:
+    _loads_or_complains(content, tmp_path_factory.getbasetemp())
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=NAMES, text=TEXTS)
+def test_any_flag_is_a_value_or_a_complaint(name: str, text: str) -> None:
+    with suppress(ConfigError):
+        config.load(None, {**NEEDED, name: text})
+
+
+def test_a_pipe_or_a_device_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(ConfigError, match="a pipe or a device, not a file"):
+            config.load(path, {})
+
+
+@pytest.mark.parametrize(
+    "name", ["learning_rate", "seed", "weight_decay", "max_steps", "eval_steps"]
+)
+def test_a_number_beyond_all_floats_is_a_complaint(write: Any, name: str) -> None:
+    with pytest.raises(ConfigError, match=f":1: {name}=999.*not finite"):
+        config.load(write(f"{name}: {'9' * 400}\n"), NEEDED)

@@ -26,8 +26,8 @@ PACKAGE = ROOT / "src" / "lorafit"
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 11_500, 17_500
 ROOM_CODE = {  # "" is the files at the top, together
     "": 3_400,
-    "data": 2_600,
-    "model": 1_350,
+    "data": 2_625,  # docs/decisions/0006-strangers-files.md
+    "model": 1_800,
     "kernels": 1_200,
     "engine": 1_500,
     "run": 1_500,
@@ -119,7 +119,7 @@ STEP_PATH: tuple[str, ...] = (
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 430, 74  # docs/decisions/0005-the-fast-engine.md
+STEP_CODE, STEP_BRANCHES = 450, 74  # docs/decisions/0007-graphs.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.
@@ -344,9 +344,12 @@ def test_functions_take_few_parameters() -> None:
     over = []
     for item in functions():
         positional, every = parameters(item)
+        # a verb's parameters are its options
+        verb = item.source.name == "cli.py" and "command()" in decorators(item.node)
         shaped = (
             is_autograd(item)
             or is_kernel(item)
+            or verb
             or (
                 item.source.name in TRANSFORMERS_SHAPED
                 and (item.public or item.node.name == "__init__")

@@ -66,7 +66,9 @@ class ModelArguments(Panel):
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     attn_implementation: str = _model("", "Attention as transformers names it; empty: its choice.")
-    trust_remote_code: bool = _model(False, "Run Python code that the base's author published.")
+    trust_remote_code: str = _model(
+        "", "Hub repository (org/name) whose Python code may run to load the base; empty: none."
+    )
     lora_r: int = _adapter(8, "Rank of the adapter.", recipe=16, span=FROM_1)
     lora_alpha: int = _adapter(
         8, "The adapter's output is multiplied by alpha / r.", recipe=32, span=FROM_1

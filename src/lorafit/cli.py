@@ -20,8 +20,11 @@ from rich.console import Console as Terminal
 
 from lorafit import config
 from lorafit.arguments import PANELS, PYTHON_ONLY
-from lorafit.errors import LorafitError, TrainingInterrupted, UsageError
+from lorafit.errors import LorafitError, TrainingInterrupted, UsageError, shown
 from lorafit.panel import Knob
+
+TEXT = "\n\t"
+"""What an answer may hold besides what can be printed."""
 
 app = typer.Typer(
     name="lorafit",
@@ -35,7 +38,8 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the `lorafit` command."""
-    if sys.argv[1:2] == ["check"] and "--trust-remote-code" not in sys.argv:
+    trusts = any(word.startswith("--trust-remote-code") for word in sys.argv)
+    if sys.argv[1:2] == ["check"] and not trusts:
         # transformers imports torch for its tokenizers wherever it finds it, and needs it for none
         sys.modules["torch"] = None  # type: ignore[assignment]
         os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # that torch is not there
@@ -178,6 +182,12 @@ def generate(
     adapter: Annotated[str, typer.Option(help="The folder of a trained adapter.")],
     prompt: Annotated[list[str], typer.Option(help="What to ask; repeat it for several.")],
     base: Annotated[str, typer.Option(help="The base, where it has moved.")] = "",
+    accept: Annotated[
+        bool, typer.Option(help="Take another base than it was trained over.")
+    ] = False,
+    trust_remote_code: Annotated[
+        str, typer.Option(help="Hub repository (org/name) whose Python code may run.")
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is not 0.")] = 0,
@@ -187,7 +197,9 @@ def generate(
     from lorafit.deploy import generate as deploy
 
     terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
-    tuned = deploy.open_adapter(adapter, base=base)
+    tuned = deploy.open_adapter(
+        adapter, base=base, accept=accept, trust_remote_code=trust_remote_code
+    )
     sampling = deploy.Sampling(max_new_tokens, temperature, seed)
     answers = deploy.answer(tuned, prompt, sampling=sampling)
     bases = (
@@ -199,10 +211,10 @@ def generate(
         if len(prompt) > 1 or compare:
             terminal.print(f"> {question}", markup=False, style="bold")
         if before is not None:
-            terminal.print(f"base:  {before.text}", markup=False)
-            terminal.print(f"tuned: {after.text}", markup=False)
+            terminal.print(f"base:  {shown(before.text, keep=TEXT)}", markup=False)
+            terminal.print(f"tuned: {shown(after.text, keep=TEXT)}", markup=False)
         else:
-            terminal.print(after.text, markup=False)
+            terminal.print(shown(after.text, keep=TEXT), markup=False)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Final
 
 import yaml
 
+from lorafit import foreign
 from lorafit.arguments import ONCE, PANELS, DataArguments, ModelArguments, TrainingArguments
 from lorafit.errors import ConfigError, UnknownNameError
 from lorafit.panel import Knob, fits, translate
@@ -23,8 +24,9 @@ KNOBS: Final[Mapping[str, Knob]] = MappingProxyType(
 )
 """Every knob of the three panels; their names are unique."""
 
-MOST_BYTES: Final = 1_000_000
+MOST_BYTES: Final = 100_000
 DEEPEST: Final = 8
+LONGEST_NAME: Final = 100
 """A configuration is a few kilobytes and one level deep; beyond these it is something else."""
 
 
@@ -107,7 +109,7 @@ class _Answers:
         if self.complaints:
             kind = UnknownNameError if self.unknown else ConfigError
             fix = "`lorafit train --help` and docs/arguments.md list every setting."
-            raise kind("\n".join(self.complaints), fix=fix)
+            raise kind(self.complaints, fix=fix)
 
 
 def _unset(knob: Knob, value: Any) -> str:
@@ -122,7 +124,7 @@ def _of_flag(value: Any, knob: Knob | None) -> Any:
         return value
     try:
         scalar = yaml.load(value, _Loader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return value
     if isinstance(scalar, str) and fits([], knob.kind):
         return [part.strip() for part in scalar.split(",")]
@@ -136,9 +138,7 @@ def read(path: Path) -> dict[str, tuple[Any, str]]:
         ConfigError: no such file, not YAML, not a flat mapping, a key twice, an anchor or tag.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ConfigError(f"{path} is larger than 1 MB.", fix="Name a configuration in YAML.")
-        text = path.read_text(encoding="utf-8")
+        text = foreign.read(path, most=MOST_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
@@ -164,7 +164,11 @@ def _entries(loader: "_Loader", path: Path) -> Iterator[tuple[str, tuple[Any, st
     loader.refuse_twins(root)
     for key, value in root.value:
         place = f"{path}:{key.start_mark.line + 1}"
-        yield str(key.value), (loader.construct_object(value, deep=True), place)
+        try:
+            made = loader.construct_object(value, deep=True)
+        except ValueError:
+            raise _problem("a number of more digits than Python reads", key) from None
+        yield str(key.value), (made, place)
 
 
 SCALARS: Final = (
@@ -189,6 +193,9 @@ def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
     }
 
 
+_NODE: Final = (yaml.ScalarEvent, yaml.CollectionStartEvent)
+
+
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _resolvers()
     depth = 0
@@ -197,6 +204,8 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor:
             raise _problem("anchors and aliases are not read here", event)
+        if isinstance(event, _NODE) and event.tag is not None:
+            raise _problem(f"the tag {event.tag} is not read here", event)
         if self.depth > DEEPEST:
             raise _problem("nested too deeply", event)
         self.depth += 1
@@ -213,6 +222,8 @@ class _Loader(yaml.SafeLoader):
         lines: dict[str, int] = {}
         for key, _ in node.value:
             name, line = str(key.value), key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or len(name) > LONGEST_NAME:
+                raise _problem(f"a name is one word or a few, not {name[:LONGEST_NAME]}", key)
             if name in lines:
                 raise _problem(f"{name} is set on line {lines[name]} already", key)
             lines[name] = line

@@ -15,11 +15,13 @@
     └── TrainingInterrupted          SIGTERM while training; what was saved is named
 """
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 
 class LorafitError(Exception):
-    """An error for people, in three parts.
+    """An error for people, in three parts. Each is one line, or a sequence of lines: what people's
+    files and names bring along cannot begin another, nor reach the terminal as it is (`shown`).
 
     Args:
         what: What is wrong, with the value seen and where (`file:line`).
@@ -27,9 +29,19 @@ class LorafitError(Exception):
         fix: What to type or change.
     """
 
-    def __init__(self, what: str, *, why: str = "", fix: str = "") -> None:
-        super().__init__("\n".join(part for part in (what, why, fix) if part))
-        self.what, self.why, self.fix = what, why, fix
+    def __init__(
+        self,
+        what: str | Sequence[str],
+        *,
+        why: str | Sequence[str] = "",
+        fix: str | Sequence[str] = "",
+    ) -> None:
+        self.what, self.why, self.fix = _lines(what), _lines(why), _lines(fix)
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        # not what it was made with: one that comes from another process is made anew of that
+        return "\n".join(part for part in (self.what, self.why, self.fix) if part)
 
 
 class UsageError(LorafitError):
@@ -46,8 +58,6 @@ class UnknownNameError(ConfigError, TypeError):
 
 class MissingMetricError(ConfigError, KeyError):
     """`metric_for_best_model` names a metric that no evaluation gave."""
-
-    __str__ = Exception.__str__
 
 
 class DataError(UsageError, ValueError):
@@ -72,6 +82,21 @@ class NonFiniteError(LorafitError, FloatingPointError):
 
 class TrainingInterrupted(LorafitError):
     """Training was asked to stop (SIGTERM); the message says what was saved and how to resume."""
+
+
+def shown(text: str, *, keep: str = "") -> str:
+    """`text` with what a terminal would obey or hide written out: `\\x1b`, `\\n`, `\\u202e`.
+
+    Args:
+        keep: Characters to leave as they are.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else repr(c)[1:-1] for c in text)
+
+
+def _lines(part: str | Sequence[str]) -> str:
+    return "\n".join(map(shown, [part] if isinstance(part, str) else part))
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -17,7 +17,7 @@ from lorafit.arguments import TrainingArguments
 from lorafit.engine import precision, world
 from lorafit.errors import ConfigError
 from lorafit.events import Saved
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, identity
 from lorafit.model.card import model_card
 from lorafit.run import store
 from lorafit.run.accelerator import Accelerator
@@ -112,7 +112,7 @@ class Face:
         settings = self._settings
         complaints = settings.check()
         if complaints:
-            raise ConfigError("\n".join(complaints))
+            raise ConfigError(complaints)
         return settings
 
     def _callback_arguments(self) -> Any:
@@ -280,7 +280,7 @@ class Face:
 
     def _contract(self) -> dict[str, Any]:
         metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}
-        return {"base": base.identity(self.model), "metrics": metrics, **self.contract}
+        return {"base": identity.described(self.model), "metrics": metrics, **self.contract}
 
     def create_model_card(
         self,

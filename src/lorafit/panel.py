@@ -63,7 +63,7 @@ class Knob:
 
     def complaint(self, value: Any) -> str:
         """What is wrong with `value`, in one line; empty if nothing is."""
-        shown = f"{self.name}={value!r}"
+        shown = f"{self.name}={value!r:.200}"
         if not fits(value, self.kind):
             return f"{shown} is not {spoken(self.kind)}."
         if isinstance(value, str) and self.choices and value not in self.choices:
@@ -75,7 +75,8 @@ class Knob:
         if not fits(number, float):
             return ""
         low, high = self.span
-        if not math.isfinite(number):
+        too_long = isinstance(number, int) and number.bit_length() > 1_000  # for any float
+        if too_long or not math.isfinite(number):
             return "not finite"
         if low is not None and number < low:
             return f"below {low:g}"

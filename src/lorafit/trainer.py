@@ -354,7 +354,7 @@ class Trainer(Hooks):
         self.observers.tell(run.ended_event("interrupted"))
         if asked.number == signal.SIGINT:
             raise KeyboardInterrupt(message) from None
-        raise TrainingInterrupted(message) from None
+        raise TrainingInterrupted(message.splitlines()) from None
 
     def _finish(self, run: Session) -> TrainOutput:
         metrics = {**run.metrics(), "total_flos": self.state.total_flos}

@@ -455,7 +455,7 @@ def test_stop_ids(shared: Path, tokenizers: dict[str, Any]) -> None:
             ModelError,
             "does not end an answer with a special token",
         ),
-        ("{{ m", ModelError, "cannot write a question and its answer: unexpected end"),
+        ("{{ m", ModelError, "it cannot be read: unexpected end"),
         ("{{ raise_exception('never') }}", ModelError, "cannot write a question .*: never"),
         (
             "{% for m in messages %}{% if loop.index > 2 %}{{ raise_exception('one turn') }}"

@@ -239,7 +239,7 @@ def test_tokenizer_contract_and_card(stories: str, tmp_path: Path) -> None:
     assert tuned.tokenizer.chat_template == tokenizer.chat_template
     assert adapters.read_contract(tmp_path / "elsewhere") == {}
     (tmp_path / adapters.CONTRACT).write_text("[")
-    with pytest.raises(ModelError, match=r"lorafit.json is not JSON"):
+    with pytest.raises(ModelError, match=r"lorafit.json cannot be read"):
         adapters.read_contract(tmp_path)
 
 

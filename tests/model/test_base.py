@@ -26,7 +26,7 @@ from transformers import (
 
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError
-from lorafit.model import adapters, base, tokens
+from lorafit.model import adapters, base, identity, tokens
 
 SMALL = {
     "vocab_size": 96,
@@ -219,19 +219,19 @@ def test_a_hub_name_while_offline() -> None:
 
 
 def test_identity_notices_another_shape_and_not_another_place(copied: Path, stories: Path) -> None:
-    ours, theirs = base.identity(copied), base.identity(stories)
+    ours, theirs = identity.described(copied), identity.described(stories)
     assert ours["headers_sha256"] == theirs["headers_sha256"]
     assert ours["path"] != theirs["path"]
     build("llama").save_pretrained(copied)
-    assert base.identity(copied)["headers_sha256"] != theirs["headers_sha256"]
+    assert identity.described(copied)["headers_sha256"] != theirs["headers_sha256"]
 
 
 def test_identity_of_a_loaded_model_is_that_of_its_folder(stories: Path) -> None:
     model = base.load_model(ModelArguments(model=str(stories)))
-    known = base.identity(model)
-    assert known == base.identity(stories)
+    known = identity.described(model)
+    assert known == identity.described(stories)
     assert known["parameters"] == 260_032
-    assert base.identity(build("gpt2"))["headers_sha256"] is None
+    assert identity.described(build("gpt2"))["headers_sha256"] is None
 
 
 # ---- the loss ----------------------------------------------------------------------------------

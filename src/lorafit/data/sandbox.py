@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NoReturn
@@ -79,6 +80,10 @@ def _refuse(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
+def _draw(*_: Any) -> NoReturn:
+    sys.exit("it draws random numbers")
+
+
 def _as_json(
     value: Any,
     *,
@@ -108,11 +113,17 @@ def _main() -> None:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
     environment.filters["tojson"] = _as_json
-    environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: form}
+    environment.globals |= {"raise_exception": _refuse, "strftime_now": datetime.now().strftime}
+    # chance would let a template behave here and not later; such a one is no template to trust
+    environment.filters["random"] = environment.globals["lipsum"] = _draw
+    try:
+        template = environment.from_string(asked["template"])
+    except TemplateError as error:
+        sys.exit(f"it cannot be read: {error}")
     for conversation in asked["conversations"]:
         most = asked["characters"] + asked["times"] * len(json.dumps(conversation))
         try:
-            pieces = environment.from_string(asked["template"]).generate(**conversation)
+            pieces = template.generate(**conversation)
             if any(written > most for written in accumulate(map(len, pieces))):
                 sys.exit("it wrote far more than the conversation it was given")
         except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError):

@@ -170,6 +170,11 @@ def prompt_ids(
     return opened(tokenizer, tokenise(tokenizer, [prompt])[0])
 
 
+def try_prompts(tokenizer: Tokenizer, prompts: Iterable[str]) -> None:
+    """The template on each user's message in a child process. Raises ModelError as `Encoder`."""
+    _try_out(tokenizer, [((Message("user", prompt),), ()) for prompt in prompts])
+
+
 class Encoder:
     """Samples of one shape -> ids and labels, many at a time.
 
@@ -472,6 +477,7 @@ def _try_out(
             **tokenizer.special_tokens_map,
             "messages": [message.as_dict() for message in messages],
             "tools": list(tools) or None,
+            "documents": None,
             "add_generation_prompt": True,
         }
         for messages, tools in conversations

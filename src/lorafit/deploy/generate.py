@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorafit.data.template import prompt_ids, stop_ids
+from lorafit.data.template import prompt_ids, stop_ids, try_prompts
 from lorafit.errors import UsageError
 from lorafit.model.adapters import Tuned, load_tuned, without_adapter
 from lorafit.model.base import context_length, place, undisturbed
@@ -42,13 +42,14 @@ class Answer:
     stopped: bool
 
 
-def open_adapter(folder: str, *, base: str = "") -> Tuned:
+def open_adapter(
+    folder: str, *, base: str = "", accept: bool = False, trust_remote_code: str = ""
+) -> Tuned:
     """The adapter in `folder` over its base (or over `base`), on the accelerator if there is one.
 
-    Raises:
-        ModelError: see `adapters.load_tuned`.
+    Args, Raises: see `adapters.load_tuned`.
     """
-    tuned = load_tuned(Path(folder), base=base)
+    tuned = load_tuned(Path(folder), base=base, accept=accept, trust_remote_code=trust_remote_code)
     place(tuned.model, torch.accelerator.current_accelerator(check_available=True) or CPU)
     return tuned
 
@@ -102,6 +103,8 @@ def generate(
     Raises:
         UsageError: a prompt is empty, or leaves no room in the model's context.
     """
+    if is_chat:
+        try_prompts(tokenizer, prompts)
     rows = [prompt_ids(tokenizer, prompt, is_chat=is_chat) for prompt in prompts]
     _check_room(rows, context_length(model))
     answers: dict[int, Answer] = {}

@@ -6,6 +6,7 @@ format, the tokenizer, and `lorafit.json`, its contract. Knows no run and no dat
 
 import copy
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,8 +23,9 @@ from torch.optim import Optimizer
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError, nearest
 from lorafit.model import base as bases
-from lorafit.model import tokens
+from lorafit.model import guard, identity, lora_config, tokens
 from lorafit.model.base import PreTrainedModel
+from lorafit.panel import fits
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -226,11 +228,20 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
     files = [adapter] if adapter.exists() else sorted(folder.glob("model*.safetensors"))
     if not files:
         held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        if any(name.endswith(bases.PICKLED) for name in held):
+            raise ModelError(
+                f"{folder} holds only pickled weights: {bases.some(held)}.",
+                why=bases.WHY_NO_PICKLE,
+                fix="Where you trust the file, convert it once with peft: "
+                "PeftModel.from_pretrained(BASE, OLD).save_pretrained(NEW).",
+            )
         raise ModelError(
             f"{folder} holds no {ADAPTER}; it holds {bases.some(held)}.",
             fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
         )
     try:
+        for file in files:
+            guard.header(file)
         return {name: value for file in files for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: its weights cannot be read: {error}") from error
@@ -240,35 +251,60 @@ def read_contract(folder: Path) -> dict[str, Any]:
     """What `lorafit.json` says; empty where another tool wrote the adapter.
 
     Raises:
-        ModelError: the file is not a JSON object.
+        ModelError: the file is not a JSON object, or one of its parts is not what it should be.
     """
     file = folder / CONTRACT
     if not file.exists():
         return {}
-    try:
-        contract = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON: {error}") from error
-    if not isinstance(contract, dict):
-        raise ModelError(f"{file} does not hold a JSON object.")
+    contract = guard.read_json(file)
+    odd = [name for name, kind in _KINDS.items() if not fits(contract.get(name), kind | None)]
+    base = contract.get("base") or {}
+    if not odd:
+        odd = [f"base.{name}" for name in _TEXTS if not fits(base.get(name), str | None)]
+    if odd or contract.get("shape") not in (None, "chat", "raw"):
+        raise ModelError(f"{file} cannot be read: {', '.join(odd) or 'shape'} is of another kind.")
     return contract
 
 
-def load_tuned(folder: Path, *, base: str = "", dtype: str = "auto") -> Tuned:
+_KINDS = {"shape": str, "chat_template": str, "stop_ids": list[int], "base": dict, "metrics": dict}
+_TEXTS = ("name", "path", "fingerprint", "headers_sha256")
+
+
+def load_tuned(
+    folder: Path,
+    *,
+    base: str = "",
+    dtype: str = "auto",
+    accept: bool = False,
+    trust_remote_code: str = "",
+) -> Tuned:
     """The adapter in `folder` over its base, every tensor accounted for.
 
     Args:
         base: Folder or Hub id of the base, where it is not the one the adapter names.
         dtype: The base's dtype; "auto" is its checkpoint's.
+        accept: Take another base than the adapter was trained over, if its shapes fit.
+        trust_remote_code: The Hub repository whose Python code may run to load the base.
 
     Raises:
-        ModelError: `folder` holds no LoRA adapter, its base is not there, or the two do not fit.
+        ModelError: `folder` holds no LoRA adapter, or one that is not to be trusted; its base is
+            not there, is another one, or the two do not fit.
     """
     home = _found(folder)
+    for place in {folder, home} if home.is_dir() else ():
+        guard.check_entries(place)
     config, tensors = _read_config(home), read_adapter_state(home)
     contract = read_contract(folder)
     base = base or _base_of(config, contract)
-    model = _load_base(folder, base, revision=config.revision, dtype=dtype)
+    if not accept:
+        identity.check_same(folder, recorded=contract.get("base") or {}, base=base)
+    wanted = ModelArguments(
+        model=base, revision=config.revision or "", dtype=dtype, trust_remote_code=trust_remote_code
+    )
+    model = _load_base(folder, wanted)
+    _check_ranks(config, tensors, folder=home)
+    names = [name for name, _ in model.named_modules()]
+    lora_config.check_patterns(vars(config), names, file=home / ADAPTER_CONFIG)
     _resize_embedding(model, tensors)
     config.base_model_name_or_path = None  # else peft warns where the base has moved
     with torch.random.fork_rng(devices=[]):  # fresh LoRA weights are drawn, then overwritten
@@ -278,7 +314,9 @@ def load_tuned(folder: Path, *, base: str = "", dtype: str = "auto") -> Tuned:
     except ModelError as error:
         raise ModelError(f"{folder}: {error.what}", why=error.why, fix=error.fix) from error
     has_tokenizer = (folder / "tokenizer_config.json").exists()
-    tokenizer = tokens.load_tokenizer(str(folder if has_tokenizer else model.name_or_path))
+    tokenizer = tokens.load_tokenizer(
+        str(folder if has_tokenizer else model.name_or_path), trust_remote_code=trust_remote_code
+    )
     tokenizer.chat_template = contract.get("chat_template") or tokenizer.chat_template
     return Tuned(tuned.eval(), tokenizer, contract)
 
@@ -380,8 +418,29 @@ def _save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _home(folder: Path, name: str) -> Path:
-    """Where PEFT's layout has the adapter of that name."""
-    return folder if name == "default" else folder / name
+    """Where PEFT's layout has the adapter of that name.
+
+    Raises:
+        ModelError: the name leads elsewhere than into `folder`.
+    """
+    if name == "default":
+        return folder
+    if (
+        Path(name).name != name
+        or name in ("", "..")
+        or "\0" in name
+        or len(os.fsencode(name)) > _LONGEST
+    ):
+        raise ModelError(
+            f"{name:.80}: an adapter of this name cannot be saved.",
+            why="An adapter lies in a folder of its name.",
+            fix="Name it by one word: get_peft_model(..., adapter_name='mine').",
+        )
+    return folder / name
+
+
+_LONGEST = 255
+"""Bytes that file systems allow a name."""
 
 
 def _found(folder: Path) -> Path:
@@ -417,7 +476,7 @@ def _save_config(model: "PeftModel", name: str, *, folder: Path) -> None:
 
 
 def _read_config(folder: Path) -> "LoraConfig":
-    from peft import LoraConfig, PeftConfig
+    from peft import LoraConfig
 
     file = folder / ADAPTER_CONFIG
     if not file.is_file():
@@ -425,13 +484,24 @@ def _read_config(folder: Path) -> "LoraConfig":
             f"{folder} is no adapter: it has no {ADAPTER_CONFIG}.",
             fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
         )
+    settings = lora_config.checked(guard.read_json(file), usual=vars(LoraConfig()), file=file)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except (ValueError, TypeError, KeyError) as error:
+        return LoraConfig(**settings)
+    except (ValueError, TypeError) as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, LoraConfig):
-        raise ModelError(f"{folder} holds a {config.peft_type} adapter; lorafit loads LoRA.")
-    return config
+
+
+def _check_ranks(config: "LoraConfig", tensors: Mapping[str, Tensor], *, folder: Path) -> None:
+    """Raises ModelError where more rows are asked for than any tensor has: they would be made, at
+    the cost of their memory, before a shape is found not to fit."""
+    largest = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    asked = max(config.r, *(config.rank_pattern or {}).values(), 0)
+    if asked > largest:
+        raise ModelError(
+            f"{folder}: {ADAPTER_CONFIG} says rank {asked:,}, and no tensor in {ADAPTER} has more "
+            f"than {largest:,} rows.",
+            fix="Take both files from the same adapter.",
+        )
 
 
 def _base_of(config: "LoraConfig", contract: Mapping[str, Any]) -> str:
@@ -443,15 +513,17 @@ def _base_of(config: "LoraConfig", contract: Mapping[str, Any]) -> str:
     return named
 
 
-def _load_base(folder: Path, base: str, *, revision: str | None, dtype: str) -> PreTrainedModel:
+def _load_base(folder: Path, wanted: ModelArguments) -> PreTrainedModel:
     try:
-        return bases.load_model(ModelArguments(model=base, revision=revision or "", dtype=dtype))
+        return bases.load_model(wanted)
     except ModelError as error:
         raise ModelError(
-            f"The base of the adapter {folder}, {base or 'not named'}, cannot be loaded: "
+            f"The base of the adapter {folder}, {wanted.model or 'not named'}, cannot be loaded: "
             f"{error.what}",
             why=error.why,
-            fix="Say where it is: --base FOLDER_OR_ID",
+            fix=error.fix
+            if wanted.model and "code" in error.what
+            else "Say where it is: --base FOLDER_OR_ID",
         ) from error
 
 

@@ -1,13 +1,11 @@
 """Base models and tokenizers: the door to transformers (`compat` and `run.callbacks` aside).
 
-Owns loading and its refusals, what a base is (`identity`), and how its forward takes columns,
-labels and loss. Of adapters it knows only that `unwrap` looks beneath one.
+Owns loading and its refusals, and how its forward takes columns, labels and loss. Of adapters it
+knows only that `unwrap` looks beneath one.
 """
 
-import hashlib
 import inspect
 import json
-import re
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,10 +31,15 @@ from lorafit.arguments import ModelArguments, TrainingArguments
 from lorafit.errors import ModelError
 from lorafit.kernels.attention import Documents, Look, attend
 from lorafit.kernels.cross_entropy import IGNORE, summed_nats, supervised_tokens
-from lorafit.model.tokens import explained, folder_of, quiet
+from lorafit.model import guard
+from lorafit.model.tokens import explained, folder_of, quiet, runs_code
 
 INDEX = "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+WHY_NO_PICKLE = (
+    "Opening a pickle can run code that its author put there (CVE-2025-32434), so lorafit reads "
+    "safetensors only."
+)
 
 
 def check_base(name: str) -> None:
@@ -66,7 +69,9 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
     name = str(folder or arguments.model)
     options: dict[str, Any] = {
         "revision": arguments.revision or "main",
-        "trust_remote_code": arguments.trust_remote_code,
+        "trust_remote_code": runs_code(
+            arguments.model, revision=arguments.revision, repository=arguments.trust_remote_code
+        ),
     }
     with quiet(), explained(name, "model"):
         config = AutoConfig.from_pretrained(name, **options)
@@ -91,30 +96,6 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
             fix="Give a whole causal language model.",
         )
     return model
-
-
-def identity(model: nn.Module | str | Path) -> dict[str, Any]:
-    """What a base is, cheaply: enough to notice another one, not to prove the same.
-
-    Args:
-        model: A module (adapters are left out of its numbers), or a folder or Hub id.
-
-    Returns:
-        `name` as given, `path` (absolute, of a local folder), `model_type`, `parameters`,
-        `dtype`, `revision` (a Hub commit) and `headers_sha256`, the hash of every safetensors
-        header: names, shapes and dtypes, no values. None where unknown.
-    """
-    if isinstance(model, nn.Module):
-        base = unwrap(model)
-        config = getattr(base, "config", None)
-        own = [value for key, value in base.named_parameters() if not _ADDED.search(key)]
-        return _files_of(str(getattr(base, "name_or_path", ""))) | {
-            "model_type": getattr(config, "model_type", None),
-            "parameters": sum(parameter.numel() for parameter in own),
-            "dtype": str(own[0].dtype).removeprefix("torch.") if own else None,
-            "revision": getattr(config, "_commit_hash", None),
-        }
-    return _files_of(str(model))
 
 
 def unwrap(model: nn.Module) -> Any:
@@ -386,16 +367,21 @@ def attending_by_documents(base: Any, documents: Documents) -> Generator[None]:
 _BY_DOCUMENTS = "lorafit_documents"
 
 
+def files_here(name: str, revision: str | None = None) -> Path | None:
+    """The folder here that holds the base of that name, or of that Hub id; no network."""
+    with suppress(OSError, ValueError):  # a folder that is gone, or no name at all
+        file = cached_file(name, "config.json", revision=revision, local_files_only=True)
+        return Path(file).parent if file else None
+    return None
+
+
 def vocabulary_resized(model: nn.Module) -> bool:
     """Whether the embedding has other rows than the files that the base came from; no network."""
     base = unwrap(model)
-    name = getattr(base, "name_or_path", "")
-    file = None
-    with suppress(OSError, ValueError):  # a folder that is gone, or no name at all
-        file = cached_file(name, "config.json", local_files_only=True)
-    if not file:
+    folder = files_here(getattr(base, "name_or_path", ""))
+    if not folder:
         return False
-    config = json.loads(Path(file).read_text(encoding="utf-8"))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     rows = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     return rows is not None and base.get_input_embeddings().weight.shape[0] != rows
 
@@ -406,17 +392,14 @@ def some(names: Sequence[str], most: int = 6) -> str:
     return (", ".join(names[:most]) or "nothing") + more
 
 
-_ADDED = re.compile(r"\b(lora_|modules_to_save\.)")
-"""Parameters that peft put into the base's tree."""
-
-
 def _check_folder(folder: Path) -> None:
     """Raises ModelError unless `folder` looks like a whole base with safetensors."""
+    guard.check_entries(folder)
     names = sorted(entry.name for entry in folder.iterdir())
     weights = [name for name in names if name.endswith(".safetensors")]
     pickled = [name for name in names if name.endswith(PICKLED)]
     if "adapter_config.json" in names:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        config = guard.read_json(folder / "adapter_config.json")
         over = config.get("base_model_name_or_path") or "another model"
         raise ModelError(
             f"{folder} is a LoRA adapter over {over}, not a base model.",
@@ -430,14 +413,15 @@ def _check_folder(folder: Path) -> None:
     if not weights and pickled:
         raise ModelError(
             f"{folder} holds only pickled weights: {some(pickled)}.",
-            why="Opening a pickle can run code that its author put there (CVE-2025-32434), "
-            "so lorafit reads safetensors only.",
+            why=WHY_NO_PICKLE,
             fix="Where you trust the file, convert it once with transformers: "
             "AutoModelForCausalLM.from_pretrained(OLD).save_pretrained(NEW).",
         )
     if (folder / INDEX).exists():
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        lacking = sorted(set(index["weight_map"].values()) - set(weights))
+        placed = guard.read_json(folder / INDEX).get("weight_map")
+        lacking = sorted(
+            set(map(str, placed.values() if isinstance(placed, dict) else ())) - set(weights)
+        )
     else:
         lacking = [] if weights else ["*.safetensors"]
     if lacking:
@@ -461,33 +445,3 @@ def _check_causal(config: Any, name: str) -> None:
         why="lorafit trains models that predict the next token.",
         fix="Give a model whose config.json names a ...ForCausalLM architecture.",
     )
-
-
-def _files_of(name: str) -> dict[str, Any]:
-    """`identity` as far as the files of a local folder tell it."""
-    unknown = ("path", "model_type", "parameters", "dtype", "revision", "headers_sha256")
-    known: dict[str, Any] = {"name": name} | dict.fromkeys(unknown)
-    folder = Path(name).expanduser()
-    if not name or not (folder / "config.json").is_file():
-        return known
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    headers = _headers(folder)
-    return known | {
-        "path": str(folder.resolve()),
-        "model_type": config.get("model_type"),
-        "parameters": sum(torch.Size(shape).numel() for _, shape in headers.values()),
-        "dtype": config.get("dtype") or config.get("torch_dtype"),
-        "headers_sha256": hashlib.sha256(json.dumps(headers, sort_keys=True).encode()).hexdigest(),
-    }
-
-
-def _headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Name -> (dtype, shape) of every tensor in the folder's safetensors; values are not read."""
-    headers: dict[str, tuple[str, list[int]]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        headers |= {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()}
-    return headers

@@ -7,32 +7,106 @@ transformers, but neither torch nor a model, so that data can be looked at withi
 import hashlib
 import json
 import re
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HUB_OFFLINE
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError, nearest
+from lorafit.model import guard
 
 
-def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: bool = False) -> Any:
+def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: str = "") -> Any:
     """The tokenizer of a folder or Hub id: one of transformers', which all answer alike.
 
+    Args:
+        trust_remote_code: As `runs_code`.
+
     Raises:
-        ModelError: there is no such folder, or no tokenizer in it.
+        ModelError: there is no such folder, no tokenizer in it, or as `runs_code`.
     """
     folder = folder_of(name)
+    trusted = runs_code(name, revision=revision, repository=trust_remote_code)
     with quiet(), explained(name, "tokenizer"):
         return AutoTokenizer.from_pretrained(
-            str(folder or name), revision=revision or "main", trust_remote_code=trust_remote_code
+            str(folder or name), revision=revision or "main", trust_remote_code=trusted
         )
+
+
+def runs_code(name: str, *, revision: str = "", repository: str = "") -> bool:
+    """Whether the author's Python code is to run when the folder or Hub id `name` is loaded.
+
+    It runs where `repository` names the Hub repository that holds it, and nowhere else; code that
+    lies in a folder here never runs. Where transformers has code of its own for the model, that is
+    used instead and nothing is refused.
+
+    Raises:
+        ModelError: code is needed and not agreed to, other code than was agreed to is named, or a
+            file asks for code to be run in another way.
+    """
+    folder = folder_of(name)
+    if folder:
+        guard.check_entries(folder)
+    code: set[str] = set()
+    needed: list[str] = []
+    for file in _settings_files(name, folder, revision=revision):
+        settings = guard.read_settings(file)
+        named = _strings(settings.get("auto_map"))
+        code |= {one.partition("--")[0] if "--" in one else name for one in named}
+        needed += [file.name] if named and not _is_known(settings) else []
+    if not code or (not repository and not needed):
+        return False
+    if code == {repository} and not (folder and name in code):
+        return True
+    raise ModelError(
+        f"{name} brings Python code of its own, from {', '.join(sorted(code))} "
+        f"(auto_map in {' and '.join(needed) or 'its settings'})"
+        + (f", and not from {repository}." if repository else "."),
+        why="Loading it would run that code on this machine, with all that you may do.",
+        fix="Code in a folder is never run. Where you have read it and trust its author, give the "
+        "Hub id it came from: --model ORG/REPO --trust-remote-code ORG/REPO"
+        if folder and name in code
+        else "Where you have read it and trust its author, name where it lies: "
+        f"--trust-remote-code {min(code)}",
+    )
+
+
+def _settings_files(name: str, folder: Path | None, *, revision: str) -> list[Path]:
+    """The files of a base or adapter in which code may be named; those that are there."""
+    names = ("config.json", "tokenizer_config.json", "generation_config.json")
+    if folder:
+        return [folder / file for file in names if (folder / file).exists()]
+    with explained(name, "model"):
+        found = [
+            cached_file(
+                name, file, revision=revision or "main", _raise_exceptions_for_missing_entries=False
+            )
+            for file in names
+        ]
+    return [Path(file) for file in found if file]
+
+
+def _strings(value: Any) -> list[str]:
+    if isinstance(value, dict | list):
+        items = value.values() if isinstance(value, dict) else value
+        return [text for item in items for text in _strings(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _is_known(settings: Mapping[str, Any]) -> bool:
+    """Whether transformers can do without the code that a model's or tokenizer's settings name."""
+    kind, tokenizer = settings.get("model_type"), settings.get("tokenizer_class")
+    return str(kind) in CONFIG_MAPPING or (
+        isinstance(tokenizer, str) and tokenizer_class_from_name(tokenizer) is not None
+    )
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -50,8 +124,14 @@ def context_of(arguments: ModelArguments, tokenizer: Any) -> int | None:
         config = AutoConfig.from_pretrained(
             name,
             revision=arguments.revision or "main",
-            trust_remote_code=arguments.trust_remote_code,
+            trust_remote_code=runs_code(
+                arguments.model,
+                revision=arguments.revision,
+                repository=arguments.trust_remote_code,
+            ),
         )
+    except ModelError:
+        raise
     except (OSError, ValueError):  # a folder that holds a tokenizer alone
         said = tokenizer.model_max_length
         return said if said < UNSAID_LENGTH else None
@@ -111,7 +191,7 @@ def explained(name: str, what: str) -> Generator[None]:
         yield
     except ModelError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # no common root: a stranger's file can fail anywhere in them
         reason = str(error).strip().split("\n")[0]
         if Path(name).is_dir():
             raise ModelError(f"The {what} in {name} cannot be read: {reason}") from error

@@ -22,6 +22,9 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
+from lorafit import foreign
+from lorafit.errors import ConfigError
+
 __all__ = [
     "Callbacks",
     "EarlyStoppingCallback",
@@ -151,14 +154,14 @@ class Callbacks:
     def resume(self, path: Path) -> list[str]:
         """The state a checkpoint kept, and that of its stateful callbacks; an evaluation that was
         asked for and interrupted is asked for again. A line for each part that is not there."""
-        saved: Any = TrainerState.load_from_json(str(path))
+        saved = _read_state(path)
         fresh, self.state = self.state, saved
         for name in ("max_steps", "num_train_epochs", "train_batch_size"):
             setattr(saved, name, getattr(fresh, name))
         for name in ("logging_steps", "eval_steps", "save_steps"):
             setattr(saved, name, getattr(fresh, name))
-        control: Any = saved.stateful_callbacks.pop("TrainerControl", {})
-        self.control.should_evaluate = control.get("args", {}).get("should_evaluate", False)
+        control = _parts(saved.stateful_callbacks.pop("TrainerControl", {}))
+        self.control.should_evaluate = control.get("should_evaluate") is True
         lost = [
             name for name, kept in saved.stateful_callbacks.items() if not self._put(name, kept)
         ]
@@ -173,8 +176,11 @@ class Callbacks:
         states = kept if isinstance(kept, list) else [kept]
         ones: list[Any] = [c for c in self._stateful() if type(c).__name__ == name]
         for callback, state in zip(ones, states, strict=False):
-            for key, value in {**state.get("args", {}), **state.get("attributes", {})}.items():
-                setattr(callback, key, value)
+            own = _parts(callback.state())
+            for key, value in _parts(state).items():
+                # a file may not name what the callback never wrote: its methods, say
+                if key in own and type(value) in (type(own[key]), int, float):
+                    setattr(callback, key, value)
         return bool(ones)
 
     def _stateful(self) -> list[Any]:
@@ -192,6 +198,34 @@ class Callbacks:
         """Tell every callback; what they ask for is in `control` afterwards."""
         act = getattr(self.handler, event)
         self.control = act(self.arguments, self.state, self.control, **context)
+
+
+def _parts(state: Any) -> dict[str, Any]:
+    """What a stateful callback kept, by name."""
+    kept = state if isinstance(state, dict) else {}
+    parts = [kept.get("args"), kept.get("attributes")]
+    return {key: value for part in parts if isinstance(part, dict) for key, value in part.items()}
+
+
+def _read_state(path: Path) -> Any:
+    """trainer_state.json as transformers' state, each value of the kind that a fresh one has.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    usual = vars(TrainerState())
+    try:
+        written = foreign.read_json(path, once=False)
+        for name, value in written.items():
+            fits = usual[name] is None or value is None or isinstance(value, type(usual[name]))
+            if not fits and not isinstance(value, int | float):
+                raise ValueError(f"{name}={value!r:.80}")
+        return TrainerState(**written)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{path} is not the state of a run: {error}.",
+            fix="Resume another checkpoint: resume_from_checkpoint='checkpoint-N'.",
+        ) from error
 
 
 def set_verbosity(level: int) -> None:

@@ -145,7 +145,7 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
     found, skipped = store.newest(folder, fault=fault)
     if found is None and wanted is True:
         raise ConfigError(
-            "\n".join([f"No valid checkpoint found in output directory ({folder}).", *skipped]),
+            [f"No valid checkpoint found in output directory ({folder}).", *skipped],
             fix="resume_from_checkpoint='auto' starts afresh where there is none.",
         )
     return Kept(found, load(found)) if found else None, skipped

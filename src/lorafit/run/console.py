@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.text import Text
 
 from lorafit.data.audit import Audit
+from lorafit.errors import shown
 from lorafit.events import (
     Evaluated,
     Event,
@@ -61,7 +62,7 @@ def show_report(terminal: Terminal, report: Audit, *, notices: Sequence[str] = (
     What is learned is green; «marked» where there is no colour.
     """
     for text in (*(f"note: {notice}" for notice in notices), *report.sources):
-        terminal.print(text, markup=False)
+        terminal.print(shown(text), markup=False)
     for name, side in (("training", report.train), ("evaluation", report.evaluation)):
         if side:
             terminal.print(f"\n{name}: {side.examples:,} examples of {report.shape}", markup=False)
@@ -71,13 +72,13 @@ def show_report(terminal: Terminal, report: Audit, *, notices: Sequence[str] = (
                 f"({side.supervised / side.tokens:.1%})"
             )
     terminal.print(
-        f"\nOne example, {report.shown_source}; what is learned is marked:", markup=False
+        f"\nOne example, {shown(report.shown_source)}; what is learned is marked:", markup=False
     )
     terminal.print(marked(report.shown, colour=terminal.color_system is not None))
     for remark in report.remarks:
-        terminal.print(f"note: {remark}", markup=False)
+        terminal.print(f"note: {shown(remark)}", markup=False)
     for harm in report.harms:
-        terminal.print(f"WOULD HURT: {harm}", markup=False, style="bold red")
+        terminal.print(f"WOULD HURT: {shown(harm)}", markup=False, style="bold red")
     if not report.harms:
         terminal.print("Nothing was found that would hurt.", style="bold green")
 
@@ -86,10 +87,10 @@ def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
     """Pieces of text of which the learned ones stand out; control characters are written out."""
     made = Text()
     for text, is_learned in pieces:
-        shown = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        written = shown(text, keep="\n")
         if is_learned and not colour:
-            shown = f"«{shown}»"
-        made.append(shown, style="green" if is_learned else "dim")
+            written = f"«{written}»"
+        made.append(written, style="green" if is_learned else "dim")
     return made
 
 
@@ -115,14 +116,14 @@ class Console:
 
     def _print(self, event: Event) -> None:
         if isinstance(event, RunStarted):
-            self._terminal.print(started_line(event))
+            self._terminal.print(shown(started_line(event), keep="\n"), markup=False)
             self._start_bar(event)
             return
         if isinstance(event, RunEnded):
             self._bar.stop()
         text = line(event)
         if text:
-            self._terminal.print(text, markup=False)
+            self._terminal.print(shown(text), markup=False)
 
     def _start_bar(self, event: RunStarted) -> None:
         self._bar = Progress(
@@ -139,8 +140,8 @@ class Console:
         self._bar.start()
 
     def _move_bar(self, event: StepEnd) -> None:
-        shown = f"loss {event.loss:.4f} · {event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
-        self._bar.update(self._task, completed=event.step, description=shown)
+        told = f"loss {event.loss:.4f} · {event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
+        self._bar.update(self._task, completed=event.step, description=told)
 
 
 def started_line(event: RunStarted) -> str:

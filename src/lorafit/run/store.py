@@ -189,8 +189,11 @@ def check_free(folder: Path) -> None:
         raise OutputError(
             f"{folder} already holds a run.",
             why="Training into it would mix two runs.",
-            fix=f"Continue it: --resume-from-checkpoint auto\nReplace it:  --overwrite\n"
-            f"Keep it:     --output-dir {folder}-2",
+            fix=(
+                "Continue it: --resume-from-checkpoint auto",
+                "Replace it:  --overwrite",
+                f"Keep it:     --output-dir {folder}-2",
+            ),
         )
 
 
