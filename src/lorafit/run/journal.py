@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.events import Event
-from lorafit.run.store import JOURNAL, make_folder
+from lorafit.run.store import JOURNAL, make_folder, write_whole, writing
 
 
 class Journal:
@@ -25,13 +25,17 @@ class Journal:
         self.path = make_folder(folder) / JOURNAL
         if resumed_at is not None:
             _forget_after(self.path, resumed_at)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        with writing(self.path):
+            # unbuffered: a line that could not be written is not tried again when it is closed
+            self._file = self.path.open("ab", buffering=0)
 
     def __call__(self, event: Event) -> None:
         """Append one line: `{"event": name, ...fields}`; what is not finite becomes a string."""
         fields = {name: _plain(value) for name, value in asdict(event).items()}
         line = {"event": type(event).__name__, **fields}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        text = json.dumps(line, ensure_ascii=False) + "\n"
+        with writing(self.path):
+            self._file.write(text.encode())
 
     def close(self) -> None:
         """Close the file."""
@@ -56,9 +60,7 @@ def _forget_after(path: Path, step: int) -> None:
     saved = [n for n, event in enumerate(events) if n > begun and _saves(event, step)]
     known = saved[-1] + 1 if saved else len(lines)
     kept = lines[:begun] + [lines[n] for n in range(begun, known) if _stays(events[n], step)]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _event(line: str) -> dict[str, Any]:
