@@ -5,12 +5,13 @@ Knows how to write and read lines; draws no conclusions.
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lorafit.events import Event
-from lorafit.run.store import JOURNAL, make_folder, write_whole, writing
+from lorafit.run.store import JOURNAL, make_folder, refusal, write_whole, writing
 
 
 class Journal:
@@ -26,20 +27,28 @@ class Journal:
         if resumed_at is not None:
             _forget_after(self.path, resumed_at)
         with writing(self.path):
-            # unbuffered: a line that could not be written is not tried again when it is closed
-            self._file = self.path.open("ab", buffering=0)
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
+            if _is_cut(self.path):
+                self._file.write("\n")
 
     def __call__(self, event: Event) -> None:
         """Append one line: `{"event": name, ...fields}`; what is not finite becomes a string."""
         fields = {name: _plain(value) for name, value in asdict(event).items()}
         line = {"event": type(event).__name__, **fields}
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        with writing(self.path):
-            self._file.write(text.encode())
+        try:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise refusal(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, as has been said
+            self._file.close()
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a kill or a full disk has cut the last line short."""
+    return path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def _plain(value: Any) -> Any:

@@ -111,18 +111,22 @@ def write_whole(path: Path, text: str) -> None:
 
 @contextmanager
 def writing(path: Path) -> Generator[None]:
-    """What the system refuses inside comes out as `OutputError`, with `path` and what is free."""
+    """What the system refuses inside comes out as a `refusal`."""
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else _number(error)
-        if number not in _REFUSALS:
+        if _number(error) not in _REFUSALS:
             raise
-        raise OutputError(
-            f"{path} cannot be written: {os.strerror(number or 0)}.",
-            why=f"{_free(path)} bytes are free there.",
-            fix="Free some space, or choose another folder with --output-dir (output_dir=...).",
-        ) from error
+        raise refusal(path, error) from error
+
+
+def refusal(path: Path, error: Exception) -> OutputError:
+    """What the system refused, with `path` and what is free there."""
+    return OutputError(
+        f"{path} cannot be written: {os.strerror(_number(error))}.",
+        why=f"{_free(path)} bytes are free there.",
+        fix="Free some space, or choose another folder with --output-dir (output_dir=...).",
+    )
 
 
 _REFUSALS = (
@@ -132,7 +136,10 @@ _REFUSALS = (
 
 
 def _number(error: Exception) -> int:
-    """The system's error number in the message of a library written in Rust; 0 if there is none."""
+    """The system's number of an error, which libraries written in Rust have in their message; 0 if
+    it is none of the system's."""
+    if isinstance(error, OSError):
+        return error.errno or 0
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else 0
 
