@@ -34,7 +34,7 @@ class Job:
         with self.trainer.holding_output():
             if arguments.overwrite:
                 store.clear_run(folder)
-            store.write_whole(folder / store.SETTINGS, dump(self.settings))
+            store.write_whole(folder / store.SETTINGS, dump(self.settings).encode())
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))

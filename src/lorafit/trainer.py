@@ -30,7 +30,7 @@ from lorafit.model import adapters, base
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
-from lorafit.run import checkpoint, store
+from lorafit.run import checkpoint, journal, store
 from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.journal import Journal
@@ -96,6 +96,8 @@ class Trainer(Hooks):
         self._callbacks.arguments = self._callback_arguments()
         output = Path(arguments.output_dir)
         kept, skipped = checkpoint.to_resume(output, resume_from_checkpoint)
+        if resume_from_checkpoint and not kept:
+            journal.forget_unsaved(output)
         if self.model_init is not None:
             compat.set_seed(arguments.seed, deterministic=arguments.full_determinism)
             self.model = base.place(self.call_model_init(), arguments.device)
@@ -303,6 +305,8 @@ class Trainer(Hooks):
         run.resume(kept, self.model)
         lost = self._callbacks.resume(kept.folder / "trainer_state.json")
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        if kept.folder.parent.resolve() == Path(run.arguments.output_dir).resolve():
+            self._rotate(run, kept.folder)  # a kill may have come before
         changed = parts.differing(run.arguments, kept.state.arguments)
         return [f"resuming {kept.folder} at step {run.position.step}", changed, *lost]
 
@@ -339,10 +343,13 @@ class Trainer(Hooks):
             store.check_space(folder.parent, run.checkpoint_bytes)
             size = run.save(folder, write_files, whole=whole)
         self.observers.tell(Saved(str(folder), run.position.step, size))
+        self._rotate(run, folder)
+
+    def _rotate(self, run: Session, last: Path) -> None:
         if run.arguments.save_total_limit:
             best = self.state.best_model_checkpoint
             kept = {Path(best)} if best else set[Path]()
-            store.rotate(folder, keep=run.arguments.save_total_limit, protected=kept)
+            store.rotate(last, keep=run.arguments.save_total_limit, protected=kept)
 
     @contextmanager
     def _saying_what_is_whole(self, run: Session) -> Generator[None]:

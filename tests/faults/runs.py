@@ -145,5 +145,3 @@ def warm() -> None:
     """What every run would load first, once, before processes are forked from this one."""
     torch.set_num_threads(1)
     given()
-    import lorafit.job
-    import lorafit.review

@@ -150,13 +150,21 @@ int openat64(int folder, const char *path, int flags, ...) { RIGHTS return openi
 int creat(const char *path, mode_t rights) { return opening(AT_FDCWD, path, O_CREAT | O_WRONLY | O_TRUNC, rights); }
 int creat64(const char *path, mode_t rights) { return creat(path, rights); }
 
-/* what stdio writes never comes by here: that somebody opened a stream to write is told */
-static void stream(const char *path, const char *how) {
+/* C++ streams open so and write as everybody does; what C's own stdio writes never comes by here,
+ * so that each stream is told */
+static int stream(const char *path, const char *how) {
     char full[PATH_MAX];
-    if (strpbrk(how, "wa+") && watched(AT_FDCWD, path, full)) unseen++;
+    struct stat before;
+    if (!strpbrk(how, "wa+") || !watched(AT_FDCWD, path, full)) return 0;
+    unseen++;
+    int was_there = !syscall(SYS_newfstatat, AT_FDCWD, path, &before, 0);
+    if (was_there && (how[0] != 'w' || !before.st_size)) return 0;
+    DIES(1);
+    record(was_there ? TRUNCATE : CREATE, full, 0, 0, 0, 0);
+    return 0;
 }
-FILE *fopen(const char *path, const char *how) { stream(path, how); return REAL(fopen)(path, how); }
-FILE *fopen64(const char *path, const char *how) { stream(path, how); return REAL(fopen64)(path, how); }
+FILE *fopen(const char *path, const char *how) { return stream(path, how) ? 0 : REAL(fopen)(path, how); }
+FILE *fopen64(const char *path, const char *how) { return stream(path, how) ? 0 : REAL(fopen64)(path, how); }
 
 /* ---- writing ---- */
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,13 @@ class Worker:
         number = getattr(errno, error) if error else 0
         hit = self.attempt(run, base, Mode[mode], at=at, error=number)
         debris = [p.name for p in (base / "run").glob(".*")] if (base / "run").is_dir() else []
+        final = base / "run" / "adapter_model.safetensors"
+        right = final.exists() and runs.digest(final) == reference.adapter
         return {
             **self.judged(run, base, reference),
             "first": hit.status,
             "clean": hit.clean,
+            "honest": hit.status != 0 or right,
             "left": debris,
             "first_said": (hit.trace or hit.said)[-1500:],
         }
@@ -175,7 +178,9 @@ class Worker:
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 if os.fork() == 0:
                     signal.alarm(0)
-                    os.execvp("sh", ["sh", "-c", f"sleep {after}; kill -{int(number)} {os.getppid()}"])
+                    os.execvp(
+                        "sh", ["sh", "-c", f"sleep {after}; kill -{int(number)} {os.getppid()}"]
+                    )
                 runs.RUNS[run](base / "run")
                 return {}
 
@@ -196,11 +201,12 @@ class Worker:
 
         def body() -> dict[str, int]:
             held = len(os.listdir("/proc/self/fd"))
-            resource.setrlimit(resource.RLIMIT_NOFILE, (held + files, held + files))
+            most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (held + files, most))
             try:
                 runs.RUNS[run](base / "run")
             finally:
-                resource.setrlimit(resource.RLIMIT_NOFILE, (4096, 4096))
+                resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
             return {}
 
         hit = child(self.work, body)

@@ -62,17 +62,34 @@ def _forget_after(path: Path, step: int) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    events = [_event(line) for line in lines]
-    begun = max((n for n, event in enumerate(events) if event.get("first_step") == 0), default=0)
+    lines, events, begun = _read(path)
     # without the line of that save, which a kill may have cut off, the step alone decides
     saved = [n for n, event in enumerate(events) if n > begun and _saves(event, step)]
     known = saved[-1] + 1 if saved else len(lines)
     kept = lines[:begun] + [lines[n] for n in range(begun, known) if _stays(events[n], step)]
-    write_whole(path, "".join(line + "\n" for line in kept))
+    write_whole(path, b"".join(kept))
 
 
-def _event(line: str) -> dict[str, Any]:
+def forget_unsaved(folder: Path) -> None:
+    """Drop the lines of a last run that did not finish and of which nothing is left to resume: a
+    run that was told to go on begins anew, and its steps are written again."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return
+    lines, events, begun = _read(path)
+    if not any(event.get("reason") in ("finished", "stopped") for event in events[begun:]):
+        write_whole(path, b"".join(lines[:begun]))
+
+
+def _read(path: Path) -> tuple[list[bytes], list[dict[str, Any]], int]:
+    """The lines, their events, and the number of the line with which the last run began."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    events = [_event(line) for line in lines]
+    begun = max((n for n, event in enumerate(events) if event.get("first_step") == 0), default=0)
+    return lines, events, begun
+
+
+def _event(line: bytes) -> dict[str, Any]:
     """The event of a line; one without a name for a line that a kill cut short."""
     try:
         return dict(json.loads(line))

@@ -92,8 +92,8 @@ def whole_files(folder: Path) -> Generator[Path]:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """`text` in the place of whatever `path` held: a kill leaves the old or the new, synced.
+def write_whole(path: Path, content: bytes) -> None:
+    """`content` in the place of whatever `path` held: a kill leaves the old or the new, synced.
 
     Raises:
         OutputError: as of `whole_folder`.
@@ -101,7 +101,7 @@ def write_whole(path: Path, text: str) -> None:
     beside = _beside(path, "partial")
     with writing(path):
         try:
-            beside.write_text(text, encoding="utf-8")
+            beside.write_bytes(content)
             _sync(beside)
             beside.replace(path)
             _sync(path.parent)
@@ -121,11 +121,13 @@ def writing(path: Path) -> Generator[None]:
 
 
 def refusal(path: Path, error: Exception) -> OutputError:
-    """What the system refused, with `path` and what is free there."""
+    """What the system refused, with `path` and, where it is full, what is free there."""
+    number, elsewhere = _number(error), "another folder with --output-dir (output_dir=...)."
+    full = number in (errno.ENOSPC, errno.EDQUOT)
     return OutputError(
-        f"{path} cannot be written: {os.strerror(_number(error))}.",
-        why=f"{_free(path)} bytes are free there.",
-        fix="Free some space, or choose another folder with --output-dir (output_dir=...).",
+        f"{path} cannot be written: {os.strerror(number)}.",
+        why=f"{_free(path)} bytes are free there." if full else "",
+        fix=f"Free some space, or choose {elsewhere}" if full else f"Mend that, or use {elsewhere}",
     )
 
 
