@@ -5,7 +5,8 @@ names: state, control, accelerator, logs, files. `Hooks` adds what subclasses ov
 the loop.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -19,7 +20,7 @@ from lorafit.errors import ConfigError
 from lorafit.events import Saved
 from lorafit.model import adapters, base, identity
 from lorafit.model.card import model_card
-from lorafit.run import store
+from lorafit.run import lock, store
 from lorafit.run.accelerator import Accelerator
 from lorafit.run.callbacks import Callbacks, set_verbosity, speed_metrics
 from lorafit.run.console import Console
@@ -37,6 +38,7 @@ class Face:
     is_in_train = _created_lr_scheduler = False
     _optimizer_notice, _initial_num_input_tokens_seen = "", 0
     _running: Session | None = None
+    _held: str | None = None
 
     def __init__(
         self,
@@ -220,6 +222,25 @@ class Face:
         elif self._callbacks.draws() and not shows:
             self.observers.insert(0, self._console)
 
+    @contextmanager
+    def holding_output(self) -> Generator[None]:
+        """Inside, no other trainer writes into `output_dir`; may be nested. What writers that were
+        killed left half done there is finished or undone.
+
+        Raises:
+            OutputError: another trainer does, which is named; or it cannot be written.
+        """
+        if self._held is not None:
+            yield
+            return
+        folder = store.make_folder(Path(self._settings.output_dir))
+        with lock.held(folder) as self._held:
+            try:
+                store.tidy(folder)
+                yield
+            finally:
+                self._held = None
+
     # ---- logs and files ------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -259,11 +280,14 @@ class Face:
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (the whole model without one), tokenizer, card, contract, arguments."""
-        self._save(output_dir)
-        if not _internal_call:
-            folder = Path(output_dir or self._settings.output_dir)
-            size = store.bytes_of(folder)
-            self.observers.tell(Saved(str(folder), self.state.global_step, size))
+        if _internal_call:
+            self._save(output_dir)
+            return
+        folder = Path(output_dir or self._settings.output_dir)
+        with store.whole_files(folder) as partial:
+            self._save(str(partial))
+            size = store.bytes_of(partial)
+        self.observers.tell(Saved(str(folder), self.state.global_step, size))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         # By the name and parameters that subclasses know.

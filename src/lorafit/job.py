@@ -31,13 +31,13 @@ class Job:
         """Train, with config.yaml beside the journal, and save the final adapter; its folder."""
         arguments = self.settings.training
         folder = Path(arguments.output_dir)
-        if arguments.overwrite:
-            store.clear_run(folder)
-        store.make_folder(folder)
-        (folder / "config.yaml").write_text(dump(self.settings), encoding="utf-8")
-        self.trainer.observers.say(*self.notes)
-        self.trainer.train(arguments.resume_from_checkpoint)
-        self.trainer.save_model(str(folder))
+        with self.trainer.holding_output():
+            if arguments.overwrite:
+                store.clear_run(folder)
+            store.write_whole(folder / store.SETTINGS, dump(self.settings).encode())
+            self.trainer.observers.say(*self.notes)
+            self.trainer.train(arguments.resume_from_checkpoint)
+            self.trainer.save_model(str(folder))
         return folder
 
 

@@ -4,6 +4,7 @@ Owns position and random state, and what happens inside a step besides arithmeti
 the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,10 @@ from lorafit.run.callbacks import Callbacks, speed_metrics
 from lorafit.run.checkpoint import Kept, Position, RunState
 from lorafit.run.progress import Done, Progress
 from lorafit.run.signals import Signals
+
+_MOMENTS, _BESIDE_WEIGHTS = 12, 1 << 20
+"""Bytes of optimiser state per trained number (two moments and a master in float32, at most), and
+bytes of a checkpoint's small files."""
 
 Layout = Callable[[Sequence[Any], int], Sequence[MicroBatch]]
 """The collated batches of a step, and its number -> its micro-batches."""
@@ -90,6 +95,7 @@ class Session:
     clock: float = 0.0
     saved_at: int = 0
     saved_in: Path | None = None
+    saved_bytes: int = 0
     read_at: set[int] = field(default_factory=set)
 
     @property
@@ -205,9 +211,33 @@ class Session:
             checkpoint.set_random_state(self.step_began)
             self.step_began = None
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What one checkpoint takes: the last one's bytes, before that an estimate from above."""
+        return self.saved_bytes or adapters.saved_bytes(self.engine.model) + _BESIDE_WEIGHTS + sum(
+            _MOMENTS * tensor.numel() for tensor in self.engine.updater.parameters
+        )
+
+    def bytes_to_come(self) -> int:
+        """What this run will take on the disk at most: its checkpoints, and the final adapter."""
+        arguments = self.arguments
+        left, limit = self.plan.steps - self.position.step, arguments.save_total_limit
+        match arguments.save_strategy:
+            case "no":
+                planned = 1  # where it is interrupted
+            case "steps" if arguments.save_steps >= 1:
+                planned = math.ceil(left / arguments.save_steps)
+            case "steps":
+                planned = math.ceil(left / (arguments.save_steps * self.plan.steps))
+            case _:
+                planned = math.ceil(left / (self.plan.steps_per_epoch or left or 1))
+        held = min(planned, limit + 1) if limit else planned
+        return held * self.checkpoint_bytes + adapters.saved_bytes(self.engine.model)
+
     def save(self, folder: Path, write_files: Callable[[Path], None], *, whole: bool) -> int:
         """Write a checkpoint to `folder`, with what resuming needs if `whole`; its bytes."""
         size = checkpoint.save(folder, write_files, state=self._state() if whole else None)
+        self.saved_bytes = size
         if whole:
             self.saved_at, self.saved_in = self.position.step, folder
         return size

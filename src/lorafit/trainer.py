@@ -23,14 +23,14 @@ from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import Whole
 from lorafit.engine.optim import Reached
-from lorafit.errors import ConfigError, TrainingInterrupted
+from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
 from lorafit.model import adapters, base
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
-from lorafit.run import checkpoint, store
+from lorafit.run import checkpoint, journal, store
 from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.journal import Journal
@@ -86,10 +86,18 @@ class Trainer(Hooks):
         """
         if trial is not None:
             self.hyperparameter_search()
+        with self.holding_output():
+            return self._train(resume_from_checkpoint, ignore_keys_for_eval)
+
+    def _train(
+        self, resume_from_checkpoint: bool | str | None, ignore_keys_for_eval: list[str] | None
+    ) -> TrainOutput:
         arguments = self._checked_settings()
         self._callbacks.arguments = self._callback_arguments()
         output = Path(arguments.output_dir)
         kept, skipped = checkpoint.to_resume(output, resume_from_checkpoint)
+        if resume_from_checkpoint and not kept:
+            journal.forget_unsaved(output)
         if self.model_init is not None:
             compat.set_seed(arguments.seed, deterministic=arguments.full_determinism)
             self.model = base.place(self.call_model_init(), arguments.device)
@@ -99,7 +107,8 @@ class Trainer(Hooks):
         run.ignore_keys = ignore_keys_for_eval
         with closing(run.engine.updater):
             resumed = self._resume(run, kept) if kept else []
-            run.notices = (*skipped, *resumed, *run.notices)
+            run.notices = (*skipped, *resumed, *run.notices, self._held or "")
+            store.check_space(output, run.bytes_to_come())
             step = run.position.step if kept else None
             with (
                 self.observers.writing(Journal(output, resumed_at=step)),
@@ -296,6 +305,8 @@ class Trainer(Hooks):
         run.resume(kept, self.model)
         lost = self._callbacks.resume(kept.folder / "trainer_state.json")
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
+        if kept.folder.parent.resolve() == Path(run.arguments.output_dir).resolve():
+            self._rotate(run, kept.folder)  # a kill may have come before
         changed = parts.differing(run.arguments, kept.state.arguments)
         return [f"resuming {kept.folder} at step {run.position.step}", changed, *lost]
 
@@ -328,12 +339,30 @@ class Trainer(Hooks):
                 adapters.save_adapter(self.model, partial)
             self._callbacks.keep_state(partial / "trainer_state.json")
 
-        size = run.save(folder, write_files, whole=whole)
+        with self._saying_what_is_whole(run):
+            store.check_space(folder.parent, run.checkpoint_bytes)
+            size = run.save(folder, write_files, whole=whole)
         self.observers.tell(Saved(str(folder), run.position.step, size))
+        self._rotate(run, folder)
+
+    def _rotate(self, run: Session, last: Path) -> None:
         if run.arguments.save_total_limit:
             best = self.state.best_model_checkpoint
             kept = {Path(best)} if best else set[Path]()
-            store.rotate(folder.parent, keep=run.arguments.save_total_limit, protected=kept)
+            store.rotate(last, keep=run.arguments.save_total_limit, protected=kept)
+
+    @contextmanager
+    def _saying_what_is_whole(self, run: Session) -> Generator[None]:
+        """A save that the system refuses ends the run: it could not be resumed from here."""
+        try:
+            yield
+        except OutputError as error:
+            raise OutputError(
+                error.what,
+                why=f"Training stopped at step {run.position.step} of {run.plan.steps}; "
+                f"{run.saved_in or 'nothing'} is the last whole checkpoint. {error.why}",
+                fix=f"{error.fix}\nThen resume: {self.resume_command}",
+            ) from error
 
     @contextmanager
     def _telling_of_skips(self, run: Session) -> Generator[None]:

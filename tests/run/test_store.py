@@ -62,7 +62,7 @@ def test_newest_skips_what_is_damaged_and_names_it(tmp_path: Path, damage: str) 
 def test_rotation_keeps_best_last_and_strangers(tmp_path: Path) -> None:
     made = [checkpoint(tmp_path, step) for step in (1, 2, 3, 4)]
     (tmp_path / "checkpoint-0").mkdir()
-    store.rotate(tmp_path, keep=2, protected={made[0]})
+    store.rotate(made[-1], keep=2, protected={made[0]})
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
 

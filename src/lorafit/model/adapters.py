@@ -114,6 +114,12 @@ def trainable_share(model: nn.Module) -> tuple[int, int]:
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
+def saved_bytes(model: nn.Module) -> int:
+    """About what `save_adapter` writes: what is trained of an adapted model, else all of it."""
+    whole = not (is_adapted(model) or _is_injected(model))
+    return sum(p.numel() * p.element_size() for p in model.parameters() if whole or p.requires_grad)
+
+
 def without_adapter(model: nn.Module) -> AbstractContextManager[Any]:
     """The base alone, while the context lasts; a model without adapter stays as it is."""
     return model.disable_adapter() if is_adapted(model) else nullcontext()

@@ -5,12 +5,13 @@ Knows how to write and read lines; draws no conclusions.
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lorafit.events import Event
-from lorafit.run.store import JOURNAL, make_folder
+from lorafit.run.store import JOURNAL, make_folder, refusal, write_whole, writing
 
 
 class Journal:
@@ -25,17 +26,29 @@ class Journal:
         self.path = make_folder(folder) / JOURNAL
         if resumed_at is not None:
             _forget_after(self.path, resumed_at)
-        self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        with writing(self.path):
+            self._file = self.path.open("a", buffering=1, encoding="utf-8")
+            if _is_cut(self.path):
+                self._file.write("\n")
 
     def __call__(self, event: Event) -> None:
         """Append one line: `{"event": name, ...fields}`; what is not finite becomes a string."""
         fields = {name: _plain(value) for name, value in asdict(event).items()}
         line = {"event": type(event).__name__, **fields}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        try:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise refusal(self.path, error) from error
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        with suppress(OSError):  # of a line that could not be written, as has been said
+            self._file.close()
+
+
+def _is_cut(path: Path) -> bool:
+    """Whether a kill or a full disk has cut the last line short."""
+    return path.read_bytes()[-1:] not in (b"", b"\n")
 
 
 def _plain(value: Any) -> Any:
@@ -49,19 +62,34 @@ def _forget_after(path: Path, step: int) -> None:
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    events = [_event(line) for line in lines]
-    begun = max((n for n, event in enumerate(events) if event.get("first_step") == 0), default=0)
+    lines, events, begun = _read(path)
     # without the line of that save, which a kill may have cut off, the step alone decides
     saved = [n for n, event in enumerate(events) if n > begun and _saves(event, step)]
     known = saved[-1] + 1 if saved else len(lines)
     kept = lines[:begun] + [lines[n] for n in range(begun, known) if _stays(events[n], step)]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    write_whole(path, b"".join(kept))
 
 
-def _event(line: str) -> dict[str, Any]:
+def forget_unsaved(folder: Path) -> None:
+    """Drop the lines of a last run that did not finish and of which nothing is left to resume: a
+    run that was told to go on begins anew, and its steps are written again."""
+    path = folder / JOURNAL
+    if not path.is_file():
+        return
+    lines, events, begun = _read(path)
+    if not any(event.get("reason") in ("finished", "stopped") for event in events[begun:]):
+        write_whole(path, b"".join(lines[:begun]))
+
+
+def _read(path: Path) -> tuple[list[bytes], list[dict[str, Any]], int]:
+    """The lines, their events, and the number of the line with which the last run began."""
+    lines = path.read_bytes().splitlines(keepends=True)
+    events = [_event(line) for line in lines]
+    begun = max((n for n, event in enumerate(events) if event.get("first_step") == 0), default=0)
+    return lines, events, begun
+
+
+def _event(line: bytes) -> dict[str, Any]:
     """The event of a line; one without a name for a line that a kill cut short."""
     try:
         return dict(json.loads(line))

@@ -1,60 +1,190 @@
 """Folders on disk that are whole or not there: written beside, synced, described, renamed.
 
-Owns atomic folders, their manifest, checkpoint names, rotation and the check of an output folder
-before anything is created. Does not know what the files mean.
+Owns atomic folders, their manifest, checkpoint names, rotation, what killed writers left, and the
+check of an output folder before anything is created. Does not know what the files mean. Nothing
+that a manifest of ours does not name is ever deleted, and no symbolic link is followed.
 """
 
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+import stat
+import sys
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
 from pathlib import Path
+from typing import Any
+
+import psutil
 
 from lorafit.errors import OutputError
 
 MANIFEST, CARD = "MANIFEST.json", "README.md"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-JOURNAL = "journal.jsonl"
+JOURNAL, SETTINGS = "journal.jsonl", "config.yaml"
+_ADAPTER = "adapter"
+_OURS = "|".join([CHECKPOINT.pattern, _ADAPTER, *map(re.escape, (JOURNAL, SETTINGS))])
+_BESIDE = re.compile(rf"\.({_OURS})\.(partial|replaced|deleted)-(\d+)")
+_MADE_WITH = ("lorafit", "torch", "transformers", "peft")
+
+
+# ---- writing -----------------------------------------------------------------------------------
 
 
 @contextmanager
-def whole_folder(final: Path) -> Generator[Path]:
+def whole_folder(final: Path, *, about: Mapping[str, Any] | None = None) -> Generator[Path]:
     """A temporary sibling of `final` to write into; it becomes `final` when the block ends well.
 
-    Files and folders are synced and a manifest with sizes and sha256 is written last, before the
-    rename; a folder that stood there is replaced. If the block fails, nothing is left behind.
+    Files and folders are synced and a manifest with sizes, sha256 and versions is written last,
+    before the rename; a folder that stood there is replaced, and what of it was not ours is kept
+    beside it as `NAME.kept`. If the block fails, nothing is left behind.
+
+    Args:
+        about: More for the manifest, plain JSON: fingerprints of data and base.
+
+    Raises:
+        OutputError: the system refuses to write: no space, input/output error, read-only.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    partial = final.with_name(f".{final.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    make_folder(final.parent)
+    partial = _beside(final, "partial")
+    with writing(final):
+        try:
+            partial.mkdir()
+            yield partial
+            _write_manifest(partial, about or {})
+            _put_in_place(partial, final)
+        except BaseException:
+            with suppress(OSError):
+                tidy(final.parent)
+            raise
+
+
+@contextmanager
+def whole_files(folder: Path) -> Generator[Path]:
+    """A temporary folder to write into; its files, synced, move into `folder` when the block ends
+    well, each whole and over an older one of its name. If the block fails, `folder` is as it was.
+
+    Raises:
+        OutputError: as of `whole_folder`; or a folder inside is a link to elsewhere.
+    """
+    make_folder(folder)
+    tidy(folder)
+    partial = _beside(folder / _ADAPTER, "partial")
+    with writing(folder):
+        try:
+            partial.mkdir()
+            yield partial
+            _sync_all(partial)
+            for path in _files(partial):
+                target = folder / path.relative_to(partial)
+                make_folder(target.parent)
+                _check_inside(folder, target.parent)
+                path.replace(target)
+                _sync(target.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """`content` in the place of whatever `path` held: a kill leaves the old or the new, synced.
+
+    Raises:
+        OutputError: as of `whole_folder`.
+    """
+    beside = _beside(path, "partial")
+    with writing(path):
+        try:
+            beside.write_bytes(content)
+            _sync(beside)
+            beside.replace(path)
+            _sync(path.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """What the system refuses inside comes out as a `refusal`."""
     try:
-        yield partial
-        _write_manifest(partial)
-        replaced = final.with_name(f".{final.name}.replaced-{os.getpid()}")
-        if final.exists():
-            final.rename(replaced)
-        partial.rename(final)
+        yield
+    except Exception as error:
+        if _number(error) not in _REFUSALS:
+            raise
+        raise refusal(path, error) from error
+
+
+def refusal(path: Path, error: Exception) -> OutputError:
+    """What the system refused, with `path` and, where it is full, what is free there."""
+    number, elsewhere = _number(error), "another folder with --output-dir (output_dir=...)."
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    return OutputError(
+        f"{path} cannot be written: {os.strerror(number)}.",
+        why=f"{_free(path)} bytes are free there." if full else "",
+        fix=f"Free some space, or choose {elsewhere}" if full else f"Mend that, or use {elsewhere}",
+    )
+
+
+_REFUSALS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE),
+)
+
+
+def _number(error: Exception) -> int:
+    """The system's number of an error, which libraries written in Rust have in their message; 0 if
+    it is none of the system's."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
+def _beside(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.{kind}-{os.getpid()}")
+
+
+def _put_in_place(partial: Path, final: Path) -> None:
+    journal = final.parent / JOURNAL
+    if journal.is_file():  # a checkpoint never outlives the lines that tell of its steps
+        _sync(journal)
         _sync(final.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    replaced = _beside(final, "replaced")
+    if not os.path.lexists(final):
+        partial.rename(final)
+    else:
+        # under this name it is recovered, whichever of the two it is at a kill
+        partial.rename(replaced)
+        if not _exchange(replaced, final):
+            replaced.rename(partial)
+            final.rename(replaced)
+            partial.rename(final)
+    _sync(final.parent)
+    if os.path.lexists(replaced):
+        _dissolve(replaced, final)
 
 
-def _write_manifest(folder: Path) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    entries = {}
-    for path in files:
-        _sync(path)
-        name = path.relative_to(folder).as_posix()
-        entries[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(folder / MANIFEST, {"files": entries})
-    for directory in {folder, *(path.parent for path in files)}:
-        _sync(directory)
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one operation; False where the system cannot."""
+    if sys.platform != "linux":
+        return False
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # an old C library
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -63,13 +193,14 @@ def write_json(path: Path, value: object) -> None:
     _sync(path)
 
 
-def sha256(path: Path) -> str:
-    """The hexadecimal digest of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sync_all(folder: Path) -> None:
+    for path in (*_files(folder), *_folders(folder)):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
+    if sys.platform == "win32":  # opens no folder, and syncs nothing that is open for reading
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -77,23 +208,109 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _files(folder: Path) -> list[Path]:
+    """The regular files below `folder`; what links lead to is not below it."""
+    return sorted(path for path in folder.rglob("*") if stat.S_ISREG(path.lstat().st_mode))
+
+
+def _folders(folder: Path) -> list[Path]:
+    """`folder` and those below it, the deepest first."""
+    below = (path for path in folder.rglob("*") if path.is_dir() and not path.is_symlink())
+    return [*sorted(below, reverse=True), folder]
+
+
+def bytes_of(folder: Path) -> int:
+    """The bytes of all files below `folder`."""
+    return sum(path.lstat().st_size for path in _files(folder))
+
+
+# ---- the manifest ------------------------------------------------------------------------------
+
+
+def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+        for path in _files(folder)
+    }
+    _sync_all(folder)
+    listed = {"files": files, "versions": _versions(), **about}
+    (folder / MANIFEST).write_text(_sealed(listed), encoding="utf-8")
+    _sync(folder / MANIFEST)
+    _sync(folder)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _MADE_WITH:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
+
+
+def _sealed(listed: Mapping[str, Any]) -> str:
+    """The manifest's text, its own sha256 in it: of a changed byte, it says so itself."""
+    digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+    return json.dumps({**listed, "sha256": digest}, indent=2) + "\n"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """What the manifest of `folder` says, whole or not.
+
+    Raises:
+        OSError, ValueError: it is not there, or is no object with files.
+    """
+    listed = json.loads(_regular(folder, MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(listed, dict) or not isinstance(listed.get("files"), dict):
+        raise ValueError("it lists no files")
+    return listed
+
+
+def _regular(folder: Path, name: str) -> Path:
+    path = folder / name
+    _check_inside(folder, path)
+    if not stat.S_ISREG(path.lstat().st_mode):
+        raise ValueError(f"{name!a} is no file")
+    return path
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """Raises ValueError where `..` or a link lead out of `folder`, or elsewhere in it."""
+    if path.resolve() != folder.resolve() / path.relative_to(folder):
+        raise ValueError(f"{str(path.relative_to(folder))!a} leads elsewhere")
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def fault(folder: Path) -> str:
     """Why `folder` is not a complete checkpoint, or an empty string where its manifest holds."""
     try:
-        listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        for name, entry in listed.items():
+        listed = _manifest(folder)
+        unsealed = {key: value for key, value in listed.items() if key != "sha256"}
+        if (folder / MANIFEST).read_text(encoding="utf-8") != _sealed(unsealed):
+            return f"{MANIFEST} does not match its sha256"
+        for name, entry in listed["files"].items():
             if name == CARD:  # prose, which peft's save_pretrained writes anew
                 continue
-            path = folder / name
+            path = _regular(folder, name)
             if path.stat().st_size != entry["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {entry['bytes']}"
             if sha256(path) != entry["sha256"]:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename or folder).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as broken:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
         return f"{MANIFEST} cannot be read ({broken})"
     return ""
+
+
+# ---- checkpoints in an output folder -----------------------------------------------------------
 
 
 def checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -108,32 +325,105 @@ def newest(folder: Path, *, fault: Callable[[Path], str] = fault) -> tuple[Path 
     """The newest checkpoint without a `fault`, and one line for each that was skipped."""
     skipped: list[str] = []
     for _, path in reversed(checkpoints(folder)):
-        why = fault(path)
+        why = "it is a link: name what it leads to" if path.is_symlink() else fault(path)
         if not why:
             return path, skipped
         skipped.append(f"{path.name} skipped: {why}")
     return None, skipped
 
 
-def rotate(folder: Path, *, keep: int, protected: set[Path]) -> None:
-    """Delete the oldest checkpoints of ours beyond `keep`; `protected` ones always stay.
+def rotate(last: Path, *, keep: int, protected: Collection[Path] = ()) -> None:
+    """Delete the oldest checkpoints of ours beside `last` beyond `keep`.
 
-    A folder without our manifest is somebody else's and is never touched. Age is when it was
-    written: an earlier run in the same folder may have come further.
+    `last`, which was just written, and `protected` ones always stay, and all do unless `last`
+    verifies. A folder without our manifest is somebody else's and is never touched; of what is
+    deleted, files that its manifest does not name stay. Age is when it was written: an earlier run
+    in the same folder may have come further.
     """
-    manifests = [path / MANIFEST for _, path in checkpoints(folder) if (path / MANIFEST).is_file()]
-    ours = [file.parent for file in sorted(manifests, key=lambda file: file.stat().st_mtime_ns)]
+    written = {path: _written(path) for _, path in checkpoints(last.parent)}
+    ours = sorted((path for path in written if written[path]), key=lambda path: written[path])
+    safe = {last.name, *(path.name for path in protected)}
     surplus = max(0, len(ours) - max(keep, 1))
-    safe = {path.resolve() for path in protected}
-    for path in [path for path in ours[:-1] if path.resolve() not in safe][:surplus]:
-        condemned = path.with_name(f".{path.name}.deleted-{os.getpid()}")
-        path.rename(condemned)
-        shutil.rmtree(condemned, ignore_errors=True)
+    condemned = [path for path in ours if path.name not in safe][:surplus]
+    if condemned and not fault(last):
+        for path in condemned:
+            _delete(path)
 
 
-def bytes_of(folder: Path) -> int:
-    """The bytes of all files below `folder`."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _written(folder: Path) -> int:
+    """When a checkpoint of ours was written, in ns; 0 for what is none."""
+    try:
+        _manifest(folder)
+    except (OSError, ValueError, RecursionError):
+        return 0
+    return 0 if folder.is_symlink() else (folder / MANIFEST).stat().st_mtime_ns
+
+
+def _delete(folder: Path) -> None:
+    condemned = _beside(folder, "deleted")
+    with writing(folder):
+        folder.rename(condemned)
+        _sync(folder.parent)
+        _dissolve(condemned, folder)
+
+
+def _dissolve(folder: Path, name: Path) -> None:
+    """Delete of `folder` what its manifest names. If anything is left it is somebody else's: it
+    goes back to `name`, or to `NAME.kept` where that is taken."""
+    if not folder.is_symlink():
+        for path in _named(folder):
+            path.unlink(missing_ok=True)
+        below = _folders(folder)
+        for path in below:
+            _sync(path)
+        (folder / MANIFEST).unlink(missing_ok=True)  # last, as it says what is ours
+        for path in below:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+    if os.path.lexists(folder):
+        folder.rename(next(path for path in _spare(name) if not os.path.lexists(path)))
+        _sync(name.parent)
+
+
+def _spare(name: Path) -> Iterator[Path]:
+    yield name
+    yield name.with_name(f"{name.name}.kept")
+    yield from (name.with_name(f"{name.name}.kept-{number}") for number in count(2))
+
+
+def _named(folder: Path) -> Iterator[Path]:
+    """The files of `folder` that its manifest names and that lie there; none where it has none."""
+    try:
+        names = list(_manifest(folder)["files"])
+    except (OSError, ValueError, RecursionError):
+        return
+    for name in names:
+        with suppress(OSError, ValueError):
+            yield _regular(folder, name)
+
+
+def tidy(folder: Path) -> None:
+    """Finish or undo what writers that are gone left half done in `folder`.
+
+    A replaced checkpoint whose successor never came is put back; the rest goes. What cannot be
+    changed now stays for the next time.
+    """
+    found = [(match, path) for path in folder.iterdir() if (match := _BESIDE.fullmatch(path.name))]
+    # the replaced first, so that what was replaced is there before its successor goes
+    for match, path in sorted(found, key=lambda pair: pair[0][3], reverse=True):
+        final, pid = folder / match[1], int(match[4])
+        if pid != os.getpid() and psutil.pid_exists(pid):
+            continue
+        with suppress(OSError):
+            if match[3] == "partial":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif match[3] == "replaced" and not os.path.lexists(final):
+                path.rename(final)
+            else:
+                _dissolve(path, final)
+
+
+# ---- the output folder before and after a run --------------------------------------------------
 
 
 def holds_run(folder: Path) -> bool:
@@ -147,9 +437,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         OutputError: it, or the folder it would be made in, cannot be written, or is a file.
     """
-    existing = folder
-    while not existing.exists() and existing != existing.parent:
-        existing = existing.parent
+    existing = _existing(folder)
     if not existing.is_dir():
         raise OutputError(
             f"The output folder {folder} cannot be made: {existing} is a file.",
@@ -163,14 +451,43 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def check_space(folder: Path, needed: int) -> None:
+    """Nothing, if `needed` bytes are free where `folder` is or will be.
+
+    Raises:
+        OutputError: they are not.
+    """
+    free = _free(folder)
+    if free < needed:
+        raise OutputError(
+            f"{folder} has room for {free} bytes, and {needed} are needed to save this run.",
+            fix="Free some, keep fewer checkpoints (save_total_limit=1), or choose another folder "
+            "with --output-dir (output_dir=...).",
+        )
+
+
+def _free(path: Path) -> int:
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
+    """`path`, or the nearest folder above it that is there."""
+    while not path.exists() and path != path.parent:
+        path = path.parent
+    return path
+
+
 def make_folder(folder: Path) -> Path:
-    """`folder`, made with its parents if it was not there.
+    """`folder`, made with its parents if it was not there, and synced into its parent.
 
     Raises:
         OutputError: it cannot be made.
     """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            _sync(path.parent)
     except OSError as error:
         raise OutputError(
             f"The output folder {folder} cannot be made: {error.strerror}.",
@@ -200,6 +517,7 @@ def check_free(folder: Path) -> None:
 def clear_run(folder: Path) -> None:
     """Remove what a run of ours wrote in `folder`: checkpoints with our manifest, the journal."""
     for _, path in checkpoints(folder):
-        if (path / MANIFEST).is_file():
-            shutil.rmtree(path)
-    (folder / JOURNAL).unlink(missing_ok=True)
+        if _written(path):
+            _delete(path)
+    with writing(folder):
+        (folder / JOURNAL).unlink(missing_ok=True)
