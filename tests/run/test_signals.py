@@ -8,10 +8,10 @@ import threading
 
 import pytest
 
-from lorafit.run.signals import HANDLED, Asked, Signals, listening
+from lorafit.run.signals import HANDLED, STOPS, Asked, Signals, listening
 
 
-@pytest.mark.parametrize("number", HANDLED)
+@pytest.mark.parametrize("number", STOPS)
 def test_a_signal_is_raised_at_the_next_poll(number: signal.Signals) -> None:
     before = [signal.getsignal(one) for one in HANDLED]
     signals = Signals()

@@ -5,6 +5,7 @@ Knows how to write and read lines; draws no conclusions.
 
 import json
 import math
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,21 +18,30 @@ class Journal:
     """An open journal; call it with each event. Lines are flushed as they are written.
 
     Args:
-        resumed_at: The step that a resumed run goes on from: what an interrupted one wrote of later
-            steps is dropped, as it will be written again. None for a fresh run.
+        resumed: The checkpoint that the run goes on from, and the length of its journal when it
+            was saved: what an interrupted run wrote later is dropped, as it will be written again.
+            None for a fresh run.
     """
 
-    def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
+    def __init__(self, folder: Path, *, resumed: tuple[Path, int] | None = None) -> None:
         self.path = make_folder(folder) / JOURNAL
-        if resumed_at is not None:
-            _forget_after(self.path, resumed_at)
+        if resumed is not None and resumed[0].resolve().parent == folder.resolve():
+            _forget_after(self.path, resumed[1], saved=resumed[0].name)
         self._file = self.path.open("a", buffering=1, encoding="utf-8")
+        if not _ends_its_line(self.path):
+            self._file.write("\n")
 
     def __call__(self, event: Event) -> None:
         """Append one line: `{"event": name, ...fields}`; what is not finite becomes a string."""
         fields = {name: _plain(value) for name, value in asdict(event).items()}
         line = {"event": type(event).__name__, **fields}
         self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def synced(self) -> int:
+        """Its length in bytes, all of them on disk: a checkpoint never knows of more steps."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""
@@ -42,26 +52,24 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what the run that is resumed wrote after saving `step`; earlier runs' lines stay.
-
-    The journal is replaced whole, so that a kill leaves the old one or the new one.
-    """
+def _forget_after(path: Path, length: int, *, saved: str) -> None:
+    """Drop what the run that is resumed wrote after the line of saving `saved`, which is the first
+    beyond `length`. A later run that began in the same folder keeps its lines."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").splitlines()
-    events = [_event(line) for line in lines]
-    begun = max((n for n, event in enumerate(events) if event.get("first_step") == 0), default=0)
-    # without the line of that save, which a kill may have cut off, the step alone decides
-    saved = [n for n, event in enumerate(events) if n > begun and _saves(event, step)]
-    known = saved[-1] + 1 if saved else len(lines)
-    kept = lines[:begun] + [lines[n] for n in range(begun, known) if _stays(events[n], step)]
-    beside = path.with_suffix(".partial")
-    beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    beside.replace(path)
+    with path.open("r+b") as file:
+        file.seek(length)
+        later = file.read().splitlines(keepends=True)
+        events = [_event(line) for line in later]
+        began = next((n for n, event in enumerate(events) if event.get("first_step") == 0), None)
+        kept = [n for n, event in enumerate(events[:began]) if _saves(event, saved)][:1]
+        file.seek(length)
+        file.writelines([later[n] for n in kept] + ([] if began is None else later[began:]))
+        file.truncate()
+        os.fsync(file.fileno())
 
 
-def _event(line: str) -> dict[str, Any]:
+def _event(line: bytes) -> dict[str, Any]:
     """The event of a line; one without a name for a line that a kill cut short."""
     try:
         return dict(json.loads(line))
@@ -69,12 +77,12 @@ def _event(line: str) -> dict[str, Any]:
         return {}
 
 
-def _saves(event: dict[str, Any], step: int) -> bool:
-    return event.get("event") == "Saved" and Path(event["path"]).name == f"checkpoint-{step}"
+def _saves(event: dict[str, Any], name: str) -> bool:
+    return event.get("event") == "Saved" and Path(event["path"]).name == name
 
 
-def _stays(event: dict[str, Any], step: int) -> bool:
-    """Whether a line outlives resuming at `step`. A reading there is taken again."""
-    name, at = event.get("event", "RunEnded"), event.get("step", 0)
-    retaken = event.get("occasion") == "reading" and at == step
-    return name != "RunEnded" and at <= step and not retaken
+def _ends_its_line(path: Path) -> bool:
+    """Whether the file is empty or its last line whole, which a kill may have cut short."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 1))
+        return file.read() in (b"", b"\n")
