@@ -81,7 +81,7 @@ class Session:
     readings: Readings
     watch: Watch
     say: Callable[[str], None]
-    made_with: dict[str, Any]
+    made_with: dict[str, Any] = field(default_factory=dict[str, Any])
     journal: Journal | None = None
     notices: tuple[str, ...] = ()
     started: float = field(default_factory=time.time)

@@ -106,7 +106,8 @@ class Trainer(Hooks):
             self.optimizer = self.lr_scheduler = None
         compat.align_special_tokens(self.model, self.processing_class)
         run = self._running = self._begin(kept)
-        run.ignore_keys = keys
+        run.ignore_keys, run.made_with = keys, self._made_with()
+        self._initial_num_input_tokens_seen = 0
         with closing(run.engine.updater):
             resumed = self._resume(run, kept) if kept else []
             run.notices = (*skipped, *resumed, *run.notices)
@@ -286,7 +287,6 @@ class Trainer(Hooks):
             loader=steps,
             watch=Watch(self._callbacks, self._signals, engine.updater),
             say=self.observers.say,
-            made_with=self._made_with(),
             layout=partial(self._packing.lay_out, shifted=objective.shifted),
             laid_out=self._packing.layout,
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
@@ -298,7 +298,6 @@ class Trainer(Hooks):
                 overrides=overrides,
             ),
         )
-        self._initial_num_input_tokens_seen = 0
         run.notices = (
             *arguments.notices,
             self._precision.notice,
