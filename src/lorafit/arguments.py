@@ -283,6 +283,10 @@ class TrainingArguments(Panel):
     dataloader_drop_last: bool = _loader(False, "Leave out a last micro-batch that is not full.")
 
     resume_from_checkpoint: str | None = _once(None, "Folder of the checkpoint to go on from.")
+    accept: bool = _once(
+        True, "Resume although something differs that changes the run; what it is, is said.",
+        recipe=False,
+    )  # fmt: skip
     overwrite: bool = _once(False, "On the command line, train into a folder that holds a run.")
 
     length_column_name: str = _script("length", "Column that group_by_length takes lengths from.")

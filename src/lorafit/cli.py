@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
@@ -22,6 +23,7 @@ from lorafit import config
 from lorafit.arguments import PANELS, PYTHON_ONLY
 from lorafit.errors import LorafitError, TrainingInterrupted, UsageError, shown
 from lorafit.panel import Knob
+from lorafit.run.signals import leave
 
 TEXT = "\n\t"
 """What an answer may hold besides what can be printed."""
@@ -38,6 +40,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point of the `lorafit` command."""
+    signal.signal(signal.SIGTERM, leave)
     trusts = any(word.startswith("--trust-remote-code") for word in sys.argv)
     if sys.argv[1:2] == ["check"] and not trusts:
         # transformers imports torch for its tokenizers wherever it finds it, and needs it for none
@@ -170,8 +173,7 @@ def check(
 
 def _resume_command() -> str:
     words = [word for word in sys.argv[1:] if not word.startswith("--resume-from-checkpoint")]
-    if "--overwrite" in words:
-        words.remove("--overwrite")
+    words = [word for word in words if word not in ("--overwrite", "--accept")]
     return shlex.join(["lorafit", *words, "--resume-from-checkpoint=auto"])
 
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lorafit import compat, parts
 from lorafit.arguments import TrainingArguments
-from lorafit.engine import precision, world
+from lorafit.engine import optim, precision, world
 from lorafit.errors import ConfigError
 from lorafit.events import Saved
 from lorafit.model import adapters, base, identity
@@ -25,6 +25,7 @@ from lorafit.run.accelerator import Accelerator
 from lorafit.run.callbacks import Callbacks, set_verbosity, speed_metrics
 from lorafit.run.console import Console
 from lorafit.run.observers import Observers
+from lorafit.run.progress import BadWeights
 from lorafit.run.signals import Signals
 from lorafit.session import Session
 
@@ -39,6 +40,8 @@ class Face:
     _optimizer_notice, _initial_num_input_tokens_seen = "", 0
     _running: Session | None = None
     _held: str | None = None
+    contract: Mapping[str, Any] = MappingProxyType({})
+    panels: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -85,7 +88,6 @@ class Face:
         self.model_accepts_loss_kwargs = base.accepts_count(self.model)
         self.label_names = list(base.label_names(self.model, settings.label_names))
         self.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
-        self.contract: dict[str, Any] = {}
         self.resume_command = "trainer.train(resume_from_checkpoint=True)"
         self._console = Console(live=settings.disable_tqdm is not True)
         self.observers = Observers([self._console])
@@ -291,6 +293,7 @@ class Face:
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:  # noqa: ARG002
         # By the name and parameters that subclasses know.
+        self._check_finite()
         folder = store.make_folder(Path(output_dir or self._settings.output_dir))
         contract = self._contract()
         adapters.save_adapter(
@@ -301,6 +304,12 @@ class Face:
             card=model_card(contract),
         )
         store.write_json(folder / "training_args.json", self._settings.to_sanitized_dict())
+
+    def _check_finite(self) -> None:
+        """Nothing, if the trained weights are worth saving; raises NonFiniteError."""
+        bad = optim.not_finite(self.model)
+        if bad:
+            raise BadWeights(base.some(bad))
 
     def _contract(self) -> dict[str, Any]:
         metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}

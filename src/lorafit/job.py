@@ -4,7 +4,7 @@ Everything that can be wrong in a user's settings, files and folders is found he
 is written. Knows the order of the rooms, not what happens inside them.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
 from lorafit.errors import ConfigError
+from lorafit.events import Event, RunStarted
 from lorafit.model import adapters, base
 from lorafit.run import store
 from lorafit.trainer import Trainer
@@ -34,11 +35,17 @@ class Job:
         with self.trainer.holding_output():
             if arguments.overwrite:
                 store.clear_run(folder)
-            store.write_whole(folder / store.SETTINGS, dump(self.settings).encode())
+            self.trainer.observers.append(self._keep_settings)
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))
         return folder
+
+    def _keep_settings(self, event: Event) -> None:
+        """Once it is sure that they are run: a run that is not resumed leaves all as it was."""
+        if isinstance(event, RunStarted):
+            file = Path(self.settings.training.output_dir) / store.SETTINGS
+            store.write_whole(file, dump(self.settings).encode())
 
 
 def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> Job:
@@ -66,6 +73,7 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
         eval_dataset=data.evaluation,
         processing_class=tokenizer,
     )
+    trainer.panels = {**asdict(settings.model), **asdict(settings.data)}
     trainer.contract |= {
         "shape": "chat" if data.shape.is_chat else "raw",
         "chat_template": tokenizer.chat_template,

@@ -28,6 +28,7 @@ from lorafit.engine.precision import Precision
 from lorafit.engine.step import Engine
 from lorafit.errors import ConfigError, MissingMetricError
 from lorafit.model import adapters, base
+from lorafit.run import signals
 from lorafit.run.callbacks import speed_metrics
 from lorafit.run.checkpoint import Position
 
@@ -113,7 +114,8 @@ def data_loader(
             num_workers=arguments.dataloader_num_workers,
             pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
             prefetch_factor=arguments.dataloader_prefetch_factor,
-            persistent=arguments.dataloader_persistent_workers,
+            persistent_workers=arguments.dataloader_persistent_workers,
+            worker_init_fn=signals.deafen,
         ),
         seed=order_seed(arguments),
     )
@@ -384,20 +386,6 @@ def speed_of(prefix: str, began: float, *, examples: int, batch_size: int) -> di
     return speed_metrics(prefix, began, num_samples=examples, num_steps=steps)
 
 
-def differing(arguments: TrainingArguments, kept: Mapping[str, Any]) -> str:
-    """One line that names each argument which differs from the checkpoint's; empty if none does."""
-    now = arguments.to_sanitized_dict()
-    said = [
-        f"{name}={now[name]!r} (was {kept[name]!r})"
-        for name in arguments.knobs
-        if name in kept and name not in _OF_ONE_RUN and now[name] != kept[name]
-    ]
-    return f"arguments that differ from the checkpoint's: {', '.join(said)}" if said else ""
-
-
-_OF_ONE_RUN = ("resume_from_checkpoint", "overwrite", "output_dir")
-
-
 def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) -> float:
     """The value of `metric_for_best_model`.
 
@@ -415,8 +403,8 @@ def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) 
 
 
 def is_better(value: float, best: float | None, *, greater: bool | None) -> bool:
-    """Whether a metric beats the best so far; NaN never does."""
-    if math.isnan(value):
+    """Whether a metric beats the best so far; what is not finite never does."""
+    if not math.isfinite(value):
         return False
     return best is None or (value > best if greater else value < best)
 

@@ -26,6 +26,7 @@ from lorafit.parts import START, Plan
 from lorafit.run import checkpoint
 from lorafit.run.callbacks import Callbacks, speed_metrics
 from lorafit.run.checkpoint import Kept, Position, RunState
+from lorafit.run.journal import Journal
 from lorafit.run.progress import Done, Progress
 from lorafit.run.signals import Signals
 
@@ -73,7 +74,7 @@ class Session:
     """Mutable: `position` counts finished steps, from where it `began`; `step_began` is the random
     state at the beginning of a step that has not finished, None between steps; `epoch_began` that
     at the beginning of the epoch; `saved_in` is the whole checkpoint that was saved at step
-    `saved_at`, None before the first."""
+    `saved_at`, None before the first. `made_with`: see `RunState`. `say` tells a person a line."""
 
     arguments: TrainingArguments
     plan: Plan
@@ -84,6 +85,9 @@ class Session:
     progress: Progress
     readings: Readings
     watch: Watch
+    say: Callable[[str], None]
+    made_with: dict[str, Any] = field(default_factory=dict[str, Any])
+    journal: Journal | None = None
     notices: tuple[str, ...] = ()
     started: float = field(default_factory=time.time)
     position: Position = START
@@ -125,12 +129,21 @@ class Session:
             checkpoint.set_random_state(kept.state.epoch_began or kept.state.random_state)
         self._begin_step()
         self.epoch_began = self.step_began
-        steps = self.loader.epoch(epoch, skip=self.position.rows)
+        if kept:  # what an interruption while rows are skipped goes back to
+            self.step_began = kept.state.random_state
+        steps = self.loader.epoch(epoch, skip=self.position.rows, moved=self._left_out)
         if self.position.rows:
             if kept:
                 checkpoint.set_random_state(kept.state.random_state)
             self._begin_step()
         return steps
+
+    def _left_out(self, done: int, total: int) -> None:
+        """Batches were read that are left out: at first, at last and every ten seconds a line."""
+        self.signals.poll()
+        if done in (1, total) or time.perf_counter() - self.clock > 10:
+            self.clock = time.perf_counter()
+            self.say(f"reading past what was trained on: {done:,} of {total:,} batches")
 
     def _begin_step(self) -> None:
         self.step_began, self.clock = checkpoint.random_state(), time.perf_counter()
@@ -151,6 +164,14 @@ class Session:
     def reading_is_due(self) -> bool:
         """Whether an automatic reading belongs here and was not taken yet."""
         return self.position.step in self.readings.steps - self.read_at
+
+    def save_is_asked(self) -> bool:
+        """Whether a signal wants a checkpoint that is not there yet; answers it."""
+        here = self.position.step
+        if not (self.signals.save and here):
+            return False
+        self.signals.save = False
+        return here != self.saved_at
 
     def exhausted(self) -> str:
         """One line where the epoch that was run gave no row, as an exhausted stream's; else empty.
@@ -267,7 +288,9 @@ class Session:
     def _state(self) -> RunState:
         return RunState(
             epoch_began=self.epoch_began if self.position.rows else None,
-            arguments=self.arguments.to_sanitized_dict(),
+            read_at=sorted(self.read_at),
+            journal=self.journal.synced() if self.journal else 0,
+            made_with=self.made_with,
             position=self.position,
             optimizer=self.engine.updater.state_dict(),
             schedule=dict(self.engine.schedule.state_dict()),
@@ -281,14 +304,28 @@ class Session:
 
         Raises:
             ModelError: its weights do not fit the model.
+            ConfigError: the rest of its state does not fit the run.
         """
         state = kept.state
         adapters.restore(model, kept.folder)
+        try:
+            self._put_back(state)
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as misfit:
+            raise ConfigError(
+                f"The state in {kept.folder} does not fit this run: {str(misfit)!r:.200}",
+                why="Optimiser and schedule would go on as those of another run.",
+                fix="Put back the arguments that it was saved with, or start afresh.",
+            ) from misfit
+        self.position = self.began = state.position
+        self.resumed, self.epoch_began = kept, state.epoch_began
+        self.read_at = set(state.read_at)
+        checkpoint.set_random_state(state.random_state)
+
+    def _put_back(self, state: RunState) -> None:
         self.engine.updater.load_state_dict(state.optimizer)
-        self.engine.schedule.load_state_dict(state.schedule)
+        # base rates are what the arguments say; the updater has scaled the current ones to them
+        schedule = {name: value for name, value in state.schedule.items() if name != "base_lrs"}
+        self.engine.schedule.load_state_dict(schedule)
         if state.scaler:
             self.engine.precision.scaler.load_state_dict(state.scaler)
         self.progress.resume(state.sums, step=state.position.step)
-        self.position = self.began = state.position
-        self.resumed = kept
-        checkpoint.set_random_state(state.random_state)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
+from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
@@ -26,16 +27,16 @@ from lorafit.engine.optim import Reached
 from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, identity
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
-from lorafit.run import checkpoint, journal, store
+from lorafit.run import changes, checkpoint, circumstances, journal, store
 from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.journal import Journal
 from lorafit.run.observers import evaluated, watching_gradients
-from lorafit.run.progress import Progress, TooManySkipped
+from lorafit.run.progress import Ended, Progress
 from lorafit.run.signals import Asked, Signals, listening
 from lorafit.session import Session, Watch
 
@@ -86,17 +87,18 @@ class Trainer(Hooks):
         """
         if trial is not None:
             self.hyperparameter_search()
-        with self.holding_output():
-            return self._train(resume_from_checkpoint, ignore_keys_for_eval)
+        with self.holding_output(), listening(Signals()) as self._signals:
+            try:
+                return self._train(resume_from_checkpoint, keys=ignore_keys_for_eval)
+            finally:
+                self._signals, self._running, self.is_in_train = Signals(), None, False
 
-    def _train(
-        self, resume_from_checkpoint: bool | str | None, ignore_keys_for_eval: list[str] | None
-    ) -> TrainOutput:
+    def _train(self, wanted: bool | str | None, *, keys: list[str] | None) -> TrainOutput:
         arguments = self._checked_settings()
         self._callbacks.arguments = self._callback_arguments()
         output = Path(arguments.output_dir)
-        kept, skipped = checkpoint.to_resume(output, resume_from_checkpoint)
-        if resume_from_checkpoint and not kept:
+        kept, skipped = checkpoint.to_resume(output, wanted)
+        if wanted and not kept:
             journal.forget_unsaved(output)
         if self.model_init is not None:
             compat.set_seed(arguments.seed, deterministic=arguments.full_determinism)
@@ -104,16 +106,18 @@ class Trainer(Hooks):
             self.optimizer = self.lr_scheduler = None
         compat.align_special_tokens(self.model, self.processing_class)
         run = self._running = self._begin(kept)
-        run.ignore_keys = ignore_keys_for_eval
+        run.ignore_keys, run.made_with = keys, self._made_with()
+        self._initial_num_input_tokens_seen = 0
         with closing(run.engine.updater):
             resumed = self._resume(run, kept) if kept else []
             run.notices = (*skipped, *resumed, *run.notices, self._held or "")
             store.check_space(output, run.bytes_to_come())
-            step = run.position.step if kept else None
+            run.journal = Journal(
+                output, resumed=(kept.folder, kept.state.journal) if kept else None
+            )
             with (
-                self.observers.writing(Journal(output, resumed_at=step)),
-                listening(run.signals),
-                self._telling_of_skips(run),
+                self.observers.writing(run.journal),
+                self._telling_of_bad_numbers(run),
                 watching_gradients(self.observers, Reached(self.model)),
                 base.without_cache(self.model),
                 noisy_embeddings(self.model, arguments.neftune_noise_alpha),
@@ -130,6 +134,7 @@ class Trainer(Hooks):
         self._callbacks.fire("on_train_begin")
         self.is_in_train = True
         try:
+            run.signals.poll()
             if run.arguments.eval_on_start:
                 self.evaluate(ignore_keys=run.ignore_keys)
             self._act(run)  # a reading, or the evaluation that an interrupted run was at
@@ -169,7 +174,7 @@ class Trainer(Hooks):
 
     def _act(self, run: Session) -> None:
         """What the callbacks' control asks for; a reading that is due."""
-        if self._callbacks.asks():
+        if self._callbacks.asks() or run.signals.save:
             self._do_as_asked(run)
         if run.reading_is_due():
             self._take_reading(run)
@@ -181,8 +186,12 @@ class Trainer(Hooks):
             self._log_window(run)
         if self.control.should_evaluate:
             self._evaluate_in_run(run)
-        if self.control.should_save:
+        asked, due = run.save_is_asked(), self.control.should_save
+        if due:
             self._save_checkpoint(self.model, None)
+        if asked and run.saved_at != run.position.step:
+            self._keep(run, whole=True)
+        if due or asked:
             self._callbacks.fire("on_save")
 
     def _log_window(self, run: Session) -> None:
@@ -277,10 +286,11 @@ class Trainer(Hooks):
             plan=plan,
             engine=engine,
             loader=steps,
-            watch=Watch(self._callbacks, Signals(), engine.updater),
+            watch=Watch(self._callbacks, self._signals, engine.updater),
+            say=self.observers.say,
             layout=partial(self._packing.lay_out, shifted=objective.shifted),
             laid_out=self._packing.layout,
-            progress=Progress(limit=arguments.max_nonfinite_steps + self._precision.settling),
+            progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
             readings=parts.readings(
                 plan,
                 arguments,
@@ -289,7 +299,6 @@ class Trainer(Hooks):
                 overrides=overrides,
             ),
         )
-        self._signals, self._initial_num_input_tokens_seen = run.signals, 0
         run.notices = (
             *arguments.notices,
             self._precision.notice,
@@ -300,15 +309,44 @@ class Trainer(Hooks):
         )
         return run
 
+    def _made_with(self) -> dict[str, Any]:
+        """What a checkpoint of this run is made with: see `run/changes.py`."""
+        arguments, laid, kind = self._settings, self._packing, type(self.optimizer)
+        knobs = arguments.to_sanitized_dict()
+        with checkpoint.random_state_kept():
+            rows = circumstances.of_rows(self.train_dataset)
+        facts = {
+            "data": rows,
+            "base": identity.identity(self.model),
+            "adapter": adapters.scaling_of(self.model),
+            "template": {"chat": self.contract.get("chat_template")},
+            "step": {"examples": arguments.effective_batch_size},
+            "optimizer": {"kind": f"{kind.__module__}.{kind.__qualname__}"},
+            "laid_out": {
+                "layout": laid.layout, "tokens": laid.budget, "rows": arguments.train_batch_size
+            },
+            "machine": circumstances.of_machine(self._device),
+            "versions": circumstances.of_versions(),
+        }  # fmt: skip
+        return {
+            **self.panels,
+            **{name: knobs[name] for name in arguments.knobs},
+            **circumstances.flat(facts),
+        }
+
     def _resume(self, run: Session, kept: Kept) -> list[str]:
-        """Take up the run that a checkpoint kept; what is to be said of it."""
+        """Take up the run that a checkpoint kept; what is to be said of it.
+
+        Raises:
+            ConfigError: what has changed since makes that impossible, or another run.
+        """
+        said = changes.said(kept.state.made_with, run.made_with, accepted=run.arguments.accept)
         run.resume(kept, self.model)
         lost = self._callbacks.resume(kept.folder / "trainer_state.json")
         self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
         if kept.folder.parent.resolve() == Path(run.arguments.output_dir).resolve():
             self._rotate(run, kept.folder)  # a kill may have come before
-        changed = parts.differing(run.arguments, kept.state.arguments)
-        return [f"resuming {kept.folder} at step {run.position.step}", changed, *lost]
+        return [f"resuming {kept.folder} at step {run.position.step}", *said, *lost]
 
     def _run_training_step(self, batch: MicroBatch, whole: Whole) -> Tensor:
         """An overridden `training_step` in the engine's place."""
@@ -328,6 +366,7 @@ class Trainer(Hooks):
         self._keep(self._running, whole=not self._running.arguments.save_only_model)
 
     def _keep(self, run: Session, *, whole: bool) -> None:
+        self._check_finite()
         folder = Path(self._get_output_dir(None)) / f"checkpoint-{run.position.step}"
         if self.state.best_global_step == run.position.step:
             self.state.best_model_checkpoint = str(folder)
@@ -365,12 +404,12 @@ class Trainer(Hooks):
             ) from error
 
     @contextmanager
-    def _telling_of_skips(self, run: Session) -> Generator[None]:
-        """Wherever numbers are read: where too many steps were not finite, the run ends so."""
+    def _telling_of_bad_numbers(self, run: Session) -> Generator[None]:
+        """Wherever numbers are read or saved: where they are not finite, the run may end so."""
         try:
             yield
-        except TooManySkipped as too_many:
-            self.observers.tell(*too_many.events, run.ended_event("non-finite"))
+        except Ended as bad:
+            self.observers.tell(*bad.events, run.ended_event("non-finite"))
             raise
 
     def _interrupted(self, run: Session, asked: Asked) -> None:
@@ -392,6 +431,7 @@ class Trainer(Hooks):
         if run.arguments.load_best_model_at_end and self.state.best_model_checkpoint:
             restored = str(self.state.best_model_checkpoint)
             adapters.restore(self.model, Path(restored))
+        self._check_finite()
         self._callbacks.fire("on_train_end")
         stopped = run.position.step < run.plan.steps
         reason = "stopped" if stopped else "finished"

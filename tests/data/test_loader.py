@@ -104,7 +104,7 @@ def test_an_epoch_draws_one_number_as_torchs_loader_does() -> None:
 
 def test_workers_give_the_same_batches() -> None:
     alone = [s.batches for epoch in (0, 1) for s in loader(9).epoch(epoch)]
-    many = loader(9, workers=Workers(num_workers=2, persistent=True))
+    many = loader(9, workers=Workers(num_workers=2, persistent_workers=True))
     assert [s.batches for epoch in (0, 1) for s in many.epoch(epoch)] == alone
 
 

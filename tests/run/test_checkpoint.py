@@ -25,7 +25,9 @@ def state() -> checkpoint.RunState:
         sums={"window_loss": 1.25},
         random_state=checkpoint.random_state(),
         epoch_began=checkpoint.random_state(),
-        arguments={"learning_rate": 0.1},
+        read_at=[0, 3],
+        journal=120,
+        made_with={"learning_rate": 0.1},
     )
 
 
@@ -39,7 +41,8 @@ def test_round_trip(tmp_path: Path) -> None:
     assert size == store.bytes_of(folder)
     loaded = checkpoint.load(folder)
     assert loaded.position == saved.position
-    assert loaded.sums == saved.sums
+    assert loaded.sums == saved.sums and loaded.made_with == saved.made_with
+    assert (loaded.read_at, loaded.journal) == ([0, 3], 120)
     first = loaded.optimizer["state"][0]
     for name, value in saved.optimizer["state"][0].items():
         assert torch.equal(first[name], value) and first[name].dtype == value.dtype

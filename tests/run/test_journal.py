@@ -13,11 +13,14 @@ def logged(step: int) -> Logged:
     return Logged(step, 0.5, 1.0, 2.0, 0.1)
 
 
-def write(folder: Path, *events: Event, resumed_at: int | None = None) -> None:
-    journal = Journal(folder, resumed_at=resumed_at)
+def write(folder: Path, *events: Event, resumed: tuple[str, int] | None = None) -> int:
+    """Write the events; the length of the journal then."""
+    journal = Journal(folder, resumed=resumed and (folder / resumed[0], resumed[1]))
     for event in events:
         journal(event)
+    length = journal.synced()
     journal.close()
+    return length
 
 
 def lines(folder: Path) -> list[tuple[str, int]]:
@@ -48,26 +51,53 @@ def test_a_fresh_run_appends(tmp_path: Path) -> None:
     assert [name for name, _ in lines(tmp_path)] == ["RunStarted", "Logged"] * 2
 
 
+SAVED = Saved("elsewhere/checkpoint-2", 2, 9)
+
+
 def test_resuming_forgets_what_came_after_the_save(tmp_path: Path) -> None:
     ended = RunEnded(3, 1.0, 1.0, 1.0, "interrupted")
-    saved = Saved("elsewhere/checkpoint-2", 2, 9)
     write(tmp_path, STARTED, logged(9))
-    write(tmp_path, STARTED, logged(1), logged(2), saved, Notice("late"), logged(3), ended)
-    write(tmp_path, logged(3), resumed_at=2)
+    length = write(tmp_path, STARTED, logged(1), logged(2))
+    write(tmp_path, SAVED, Notice("late"), logged(3), ended)
+    write(tmp_path, logged(3), resumed=("checkpoint-2", length))
     assert lines(tmp_path) == [
         *[("RunStarted", -1), ("Logged", 9), ("RunStarted", -1)],
         *[("Logged", 1), ("Logged", 2), ("Saved", 2), ("Logged", 3)],
     ]
 
 
-def test_without_the_line_of_the_save_steps_decide(tmp_path: Path) -> None:
-    write(tmp_path, STARTED, logged(1), logged(2), logged(3))
+def test_without_the_line_of_the_save_its_length_decides(tmp_path: Path) -> None:
+    length = write(tmp_path, STARTED, logged(1), logged(2))
+    write(tmp_path, logged(3))
     with (tmp_path / "journal.jsonl").open("a") as file:
         file.write('{"event": "Saved", "pa')  # killed here
-    write(tmp_path, logged(3), resumed_at=2)
+    write(tmp_path, logged(3), resumed=("checkpoint-2", length))
     assert lines(tmp_path) == [("RunStarted", -1), ("Logged", 1), ("Logged", 2), ("Logged", 3)]
 
 
+def test_a_later_runs_lines_stay(tmp_path: Path) -> None:
+    length = write(tmp_path, STARTED, logged(1), logged(2))
+    write(tmp_path, SAVED, logged(3))
+    write(tmp_path, STARTED, logged(7))
+    write(tmp_path, logged(3), resumed=("checkpoint-2", length))
+    assert [step for name, step in lines(tmp_path) if name == "Logged"] == [1, 2, 7, 3]
+
+
+def test_a_line_that_was_cut_short_is_ended(tmp_path: Path) -> None:
+    write(tmp_path, STARTED)
+    with (tmp_path / "journal.jsonl").open("a") as file:
+        file.write('{"event": "Log')
+    write(tmp_path, logged(1))
+    *_, torn, last = (tmp_path / "journal.jsonl").read_text().splitlines()
+    assert torn == '{"event": "Log' and json.loads(last)["step"] == 1
+
+
+def test_another_folders_checkpoint_cuts_nothing(tmp_path: Path) -> None:
+    write(tmp_path, STARTED, logged(1))
+    write(tmp_path, logged(3), resumed=("other/checkpoint-2", 0))
+    assert [step for _, step in lines(tmp_path)] == [-1, 1, 3]
+
+
 def test_resuming_into_a_new_folder_starts_a_journal(tmp_path: Path) -> None:
-    write(tmp_path, logged(3), resumed_at=2)
+    write(tmp_path, logged(3), resumed=("checkpoint-2", 50))
     assert lines(tmp_path) == [("Logged", 3)]

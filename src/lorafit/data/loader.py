@@ -38,7 +38,8 @@ class Workers:
     num_workers: int = 0
     pin_memory: bool = False
     prefetch_factor: int | None = None
-    persistent: bool = False
+    persistent_workers: bool = False
+    worker_init_fn: Callable[[int], None] | None = None
 
 
 @runtime_checkable
@@ -145,10 +146,7 @@ def make_loader(
         sampler=None if is_stream(dataset) else seeded(sampler, seed=seed),
         collate_fn=collate,
         drop_last=drop_last,
-        num_workers=workers.num_workers,
-        pin_memory=workers.pin_memory,
-        prefetch_factor=workers.prefetch_factor,
-        persistent_workers=workers.persistent,
+        **vars(workers),
     )
 
 
@@ -174,9 +172,7 @@ def prepared(given: Any, *, seed: int) -> Any:
         size=given.batch_size,
         sampler=sampler,
         drop_last=given.drop_last,
-        workers=Workers(
-            given.num_workers, given.pin_memory, given.prefetch_factor, given.persistent_workers
-        ),
+        workers=Workers(**{name: vars(given)[name] for name in vars(Workers())}),
         seed=seed,
     )
 
@@ -227,18 +223,24 @@ class Loader:
         batches = self.batches_per_epoch
         return None if batches is None else -(-batches // self.per_step)
 
-    def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[StepBatches]:
+    def epoch(
+        self, epoch: int, *, skip: int = 0, moved: Callable[[int, int], None] = lambda _, __: None
+    ) -> Iterator[StepBatches]:
         """The steps of `epoch` after its first `skip` rows, which are read and left out where the
-        order is not known; then a batch that begins before row `skip` counts as read."""
+        order is not known; then a batch that begins before row `skip` counts as read.
+
+        Args:
+            moved: Told how many batches were read and left out, and of how many.
+        """
         if isinstance(self.batches, _KnowsEpochs):
             self.batches.set_epoch(epoch)
         if self.order is not None:
             self.order.skip = skip
             rows = self.order.of_epoch()
             return self._steps(iter(self.batches), rows)
-        batches = iter(self.batches)
-        for _ in islice(batches, -(-skip // self.size)):
-            pass
+        batches, left_out = iter(self.batches), -(-skip // self.size)
+        for done, _ in enumerate(islice(batches, left_out), 1):
+            moved(done, left_out)
         return self._steps(batches, iter(()))
 
     def _steps(self, batches: Iterator[Any], order: Iterator[int]) -> Iterator[StepBatches]:

@@ -26,6 +26,12 @@ UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 """Names whose parameters take no weight decay (the rule of transformers' Trainer)."""
 
 
+_GIVEN = (
+    *("initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha"),
+)
+"""What of an optimiser's groups is told by arguments; the rest is state."""
+
+
 class Updater:
     """Optimiser, fp32 masters and clipping behind one `update()`.
 
@@ -113,8 +119,15 @@ class Updater:
         return {**self.optimizer.state_dict(), "masters": list(self._masters.values())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Put back what `state_dict` gave; rates, decay and the like are this optimiser's own,
+        where a resumed run was given others."""
+        given = [{k: g[k] for k in _GIVEN if k in g} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
+        for group, own in zip(self.optimizer.param_groups, given, strict=True):
+            before, now = group.get("initial_lr"), own.get("initial_lr")
+            if before and now is not None and now != before:
+                group["lr"] = group["lr"] * (now / before)
+            group |= own
         with torch.no_grad():
             # a run that was saved with parameters of 32 bits has none
             for master, saved in zip(self._masters.values(), state["masters"], strict=False):
@@ -182,6 +195,12 @@ class Reached:
 def _reads_found_inf(optimizer: Optimizer) -> bool:
     fused = all(group.get("fused") for group in optimizer.param_groups)
     return fused and "_step_supports_amp_scaling" in vars(optimizer)
+
+
+def not_finite(model: nn.Module) -> list[str]:
+    """The trained parameters that hold a NaN or an infinity; waits for the device."""
+    trained = [(name, p.detach()) for name, p in model.named_parameters() if p.requires_grad]
+    return [name for name, p in trained if not bool(p.isfinite().all())]
 
 
 def decayed_names(model: nn.Module) -> list[str]:

@@ -130,6 +130,15 @@ def is_adapted(model: nn.Module) -> TypeGuard["PeftModel"]:
     return hasattr(model, "peft_config") and hasattr(model, "get_base_model")
 
 
+def scaling_of(model: nn.Module) -> dict[str, Any]:
+    """What an active adapter's tensors do not show of how they are used; empty without one."""
+    if not is_adapted(model):
+        return {}
+    config: Any = model.peft_config[_active(model)]
+    names = ("peft_type", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    return {name: getattr(config, name, None) for name in names}
+
+
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     """Every tensor that training may change: the model's own storage, not copies; clone to keep.
 

@@ -47,10 +47,12 @@ def identity(model: nn.Module) -> dict[str, str]:
     """What must be the same for a run to go on, or an adapter to fit: the part of `described` that
     no move, new cut or new name of the files changes. What is unknown is left out, and so is the
     fingerprint of a model without adapter, which training changes."""
-    known = described(model)
-    adapted = any(_ADDED.search(name) for name, _ in model.named_parameters())
-    names = ("model_type", "parameters", "dtype", *(["fingerprint"] if adapted else []))
-    return {name: str(known[name]) for name in names if known[name] is not None}
+    base = unwrap(model)
+    known = _facts(base)
+    if any(_ADDED.search(name) for name, _ in model.named_parameters()):
+        known["fingerprint"] = _in_memory(base)
+    names = ("model_type", "parameters", "dtype", "fingerprint")
+    return {name: str(known[name]) for name in names if known.get(name) is not None}
 
 
 def described(model: nn.Module | str | Path) -> dict[str, Any]:
@@ -75,21 +77,25 @@ def described(model: nn.Module | str | Path) -> dict[str, Any]:
         folder = Path(model).expanduser()
         return known | {"name": str(model)} | _of_folder(folder, local=True)
     base = unwrap(model)
-    config = getattr(base, "config", None)
-    name = str(getattr(base, "name_or_path", ""))
-    own = [value for key, value in base.named_parameters() if not _ADDED.search(key)]
-    facts: dict[str, Any] = {
-        "name": name,
-        "model_type": getattr(config, "model_type", None),
-        "parameters": sum(parameter.numel() for parameter in own),
-        "dtype": str(own[0].dtype).removeprefix("torch.") if own else None,
-        "revision": getattr(config, "_commit_hash", None),
-    }
+    facts = _facts(base)
+    name = str(facts["name"])
     folder, local = files_here(name, facts["revision"]), Path(name).expanduser().is_dir()
     with suppress(ModelError):  # files that are gone by now, or no safetensors: tensors remain
         if folder and _came_from(base, _tensors(folder)):
             return known | _of_folder(folder, local=local) | facts
     return known | facts | {"fingerprint": _in_memory(base)}
+
+
+def _facts(base: nn.Module) -> dict[str, Any]:
+    config = getattr(base, "config", None)
+    own = [value for key, value in base.named_parameters() if not _ADDED.search(key)]
+    return {
+        "name": str(getattr(base, "name_or_path", "")),
+        "model_type": getattr(config, "model_type", None),
+        "parameters": sum(parameter.numel() for parameter in own),
+        "dtype": str(own[0].dtype).removeprefix("torch.") if own else None,
+        "revision": getattr(config, "_commit_hash", None),
+    }
 
 
 def check_same(folder: Path, *, recorded: Mapping[str, Any], base: str) -> None:

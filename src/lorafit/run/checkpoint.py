@@ -1,8 +1,8 @@
 """Run state to disk and back: complete, checked, no pickle.
 
 A checkpoint is the adapter in its own format plus what resuming needs: optimiser, schedule, every
-random generator, position. Tensors are safetensors, the rest JSON. Knows folders through `store`
-and nothing of models: the trainer hands over the adapter's writer.
+random generator, position, what it was made with. Tensors are safetensors, the rest JSON. Knows
+folders through `store` and nothing of models: the trainer hands over the adapter's writer.
 """
 
 import json
@@ -10,11 +10,13 @@ import random
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,8 +24,9 @@ from lorafit.errors import ConfigError
 from lorafit.run import store
 
 STATE, TENSORS = "run_state.json", "run_state.safetensors"
-FORMAT = 2
+FORMAT = 3
 _TREES = ("optimizer", "scaler", "random_state", "epoch_began")
+_PLAIN = {"sums": dict, "read_at": list, "journal": int, "made_with": dict}
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class RunState:
     """Everything but the weights. Optimiser, schedule and scaler as their `state_dict`s;
     `sums` are the trainer's running numbers, `random_state` what `random_state()` returned, and
     `epoch_began` the same at the epoch's beginning, None where `position` is that beginning.
-    `arguments` are the training arguments by name."""
+    `read_at` are the steps whose automatic reading was taken, `journal` the bytes of it that lie on
+    disk, `made_with` the arguments and other facts that `changes` compares."""
 
     position: Position
     optimizer: dict[str, Any]
@@ -50,18 +54,23 @@ class RunState:
     sums: dict[str, float]
     random_state: dict[str, Any]
     epoch_began: dict[str, Any] | None
-    arguments: dict[str, Any]
+    read_at: list[int]
+    journal: int
+    made_with: dict[str, Any]
 
 
 def save(
     folder: Path, write_files: Callable[[Path], None], *, state: RunState | None = None
 ) -> int:
-    """Write a whole checkpoint to `folder`; its bytes.
+    """Write a whole checkpoint to `folder`; its bytes. A folder of that name which is not ours is
+    set aside under another name first, whole.
 
     Args:
         write_files: Puts adapter, trainer_state.json and so on into the folder it is given.
         state: None for `save_only_model`: weights that cannot be resumed.
     """
+    if folder.exists() and not (folder / store.MANIFEST).is_file():
+        folder.rename(_free_name(folder))
     with store.whole_folder(folder) as partial:
         write_files(partial)
         if state is not None:
@@ -69,13 +78,17 @@ def save(
     return store.bytes_of(folder)
 
 
+def _free_name(folder: Path) -> Path:
+    names = (folder.with_name(f"{folder.name}.not-lorafits-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
+
+
 def _write_state(folder: Path, state: RunState) -> None:
     tensors: dict[str, Tensor] = {}
     described = {
         "format": FORMAT,
         "position": asdict(state.position),
-        "sums": state.sums,
-        "arguments": state.arguments,
+        **{part: vars(state)[part] for part in _PLAIN},
         "schedule": _split(_plain(state.schedule), "schedule", tensors=tensors),
         **{part: _split(vars(state)[part], part, tensors=tensors) for part in _TREES},
     }
@@ -85,13 +98,7 @@ def _write_state(folder: Path, state: RunState) -> None:
 
 def fault(folder: Path) -> str:
     """Why `folder` cannot be resumed; empty where it can."""
-    why = store.fault(folder)
-    if why:
-        return why
-    if not (folder / STATE).is_file():
-        return "it was saved with save_only_model, without the state of the run"
-    written = json.loads((folder / STATE).read_text(encoding="utf-8")).get("format")
-    return "" if written == FORMAT else f"format {written} of another lorafit, not {FORMAT}"
+    return _tried(folder)[1]
 
 
 def load(folder: Path) -> RunState:
@@ -100,21 +107,49 @@ def load(folder: Path) -> RunState:
     Raises:
         ConfigError: the folder is not a complete checkpoint of lorafit's.
     """
-    why = fault(folder)
-    if why:
+    state, why = _tried(folder)
+    if state is None:
         raise ConfigError(
             f"Can't find a valid checkpoint at {folder}: {why}.",
             why="A checkpoint that is not whole would resume another run than the one saved.",
             fix="Write --resume-from-checkpoint auto (resume_from_checkpoint='auto') for the "
             "newest whole one.",
         )
+    return state
+
+
+def _tried(folder: Path) -> tuple[RunState | None, str]:
+    """The state in `folder`, or None and the reason."""
+    if folder.is_dir() and not (folder / store.MANIFEST).exists():
+        return None, f"it has no {store.MANIFEST}: not lorafit's, or not whole"
+    why = store.fault(folder)
+    if why:
+        return None, why
+    if not (folder / STATE).is_file():
+        return None, "it was saved with save_only_model, without the state of the run"
+    try:
+        return _read(folder), ""
+    except _OtherFormat as other:
+        return None, f"format {other!s:.20} of another lorafit, not {FORMAT}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as broken:
+        return None, f"its state cannot be read ({type(broken).__name__}: {str(broken)!r:.80})"
+
+
+class _OtherFormat(Exception): ...
+
+
+def _read(folder: Path) -> RunState:
     described = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if described.get("format") != FORMAT:
+        raise _OtherFormat(repr(described.get("format")))
     tensors = load_file(folder / TENSORS)
+    for part, kind in _PLAIN.items():
+        if not isinstance(described[part], kind):
+            raise TypeError(f"{part} is no {kind.__name__}")
     return RunState(
-        position=Position(**described["position"]),
-        sums=described["sums"],
-        arguments=described["arguments"],
+        position=Position(**{name: int(value) for name, value in described["position"].items()}),
         schedule=_join(described["schedule"], tensors),
+        **{part: described[part] for part in _PLAIN},
         **{part: _join(described[part], tensors) for part in _TREES},
     )
 
@@ -136,7 +171,8 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
             to start afresh.
 
     Raises:
-        ConfigError: True, and there is none; a path, and it is none.
+        ConfigError: True, and there is none; a path, and it is none; "auto", and all that is there
+            is somebody else's.
     """
     if not wanted:
         return None, []
@@ -147,6 +183,15 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
         raise ConfigError(
             [f"No valid checkpoint found in output directory ({folder}).", *skipped],
             fix="resume_from_checkpoint='auto' starts afresh where there is none.",
+        )
+    there = [path for _, path in store.checkpoints(folder)]
+    if there and not any((path / store.MANIFEST).is_file() for path in there):
+        raise ConfigError(
+            "\n".join([f"The checkpoints in {folder} are not lorafit's.", *skipped]),
+            why="They hold no state that a run could go on from, and another run beside them would "
+            "be taken for theirs.",
+            fix="Give the run a folder of its own: output_dir='...' (--output-dir ...), or move "
+            "them out of this one.",
         )
     return Kept(found, load(found)) if found else None, skipped
 

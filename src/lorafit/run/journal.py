@@ -5,6 +5,7 @@ Knows how to write and read lines; draws no conclusions.
 
 import json
 import math
+import os
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -18,14 +19,15 @@ class Journal:
     """An open journal; call it with each event. Lines are flushed as they are written.
 
     Args:
-        resumed_at: The step that a resumed run goes on from: what an interrupted one wrote of later
-            steps is dropped, as it will be written again. None for a fresh run.
+        resumed: The checkpoint that the run goes on from, and the length of its journal when it
+            was saved: what an interrupted run wrote later is dropped, as it will be written again.
+            None for a fresh run.
     """
 
-    def __init__(self, folder: Path, *, resumed_at: int | None = None) -> None:
+    def __init__(self, folder: Path, *, resumed: tuple[Path, int] | None = None) -> None:
         self.path = make_folder(folder) / JOURNAL
-        if resumed_at is not None:
-            _forget_after(self.path, resumed_at)
+        if resumed is not None and resumed[0].resolve().parent == folder.resolve():
+            _forget_after(self.path, resumed[1], saved=resumed[0].name)
         with writing(self.path):
             self._file = self.path.open("a", buffering=1, encoding="utf-8")
             if _is_cut(self.path):
@@ -39,6 +41,12 @@ class Journal:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:
             raise refusal(self.path, error) from error
+
+    def synced(self) -> int:
+        """Its length in bytes, all of them on disk: a checkpoint never knows of more steps."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:
         """Close the file."""
@@ -55,19 +63,18 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop what the run that is resumed wrote after saving `step`; earlier runs' lines stay.
-
-    The journal is replaced whole, so that a kill leaves the old one or the new one.
-    """
+def _forget_after(path: Path, length: int, *, saved: str) -> None:
+    """Drop what the run that is resumed wrote after the line of saving `saved`, which is the first
+    beyond `length`. A later run that began in the same folder keeps its lines."""
     if not path.is_file():
         return
-    lines, events, begun = _read(path)
-    # without the line of that save, which a kill may have cut off, the step alone decides
-    saved = [n for n, event in enumerate(events) if n > begun and _saves(event, step)]
-    known = saved[-1] + 1 if saved else len(lines)
-    kept = lines[:begun] + [lines[n] for n in range(begun, known) if _stays(events[n], step)]
-    write_whole(path, b"".join(kept))
+    written = path.read_bytes()
+    later = written[length:].splitlines(keepends=True)
+    events = [_event(line) for line in later]
+    began = next((n for n, event in enumerate(events) if event.get("first_step") == 0), None)
+    kept = [later[n] for n, event in enumerate(events[:began]) if _saves(event, saved)][:1]
+    newer = [] if began is None else later[began:]
+    write_whole(path, b"".join([written[:length], *kept, *newer]))
 
 
 def forget_unsaved(folder: Path) -> None:
@@ -97,12 +104,5 @@ def _event(line: bytes) -> dict[str, Any]:
         return {}
 
 
-def _saves(event: dict[str, Any], step: int) -> bool:
-    return event.get("event") == "Saved" and Path(event["path"]).name == f"checkpoint-{step}"
-
-
-def _stays(event: dict[str, Any], step: int) -> bool:
-    """Whether a line outlives resuming at `step`. A reading there is taken again."""
-    name, at = event.get("event", "RunEnded"), event.get("step", 0)
-    retaken = event.get("occasion") == "reading" and at == step
-    return name != "RunEnded" and at <= step and not retaken
+def _saves(event: dict[str, Any], name: str) -> bool:
+    return event.get("event") == "Saved" and Path(event["path"]).name == name

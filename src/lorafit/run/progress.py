@@ -4,6 +4,7 @@ Reads the device only when asked (`read`), so that no step waits for another's n
 neither engine internals nor files; decides nothing but that too many bad steps in a row are an end.
 """
 
+import math
 from dataclasses import dataclass, field
 
 from lorafit.engine.step import StepResult
@@ -12,7 +13,10 @@ from lorafit.events import Event, Logged, StepEnd, StepSkipped
 
 PENDING = 8
 """Steps whose numbers may stay unread before the host looks."""
-_SUMS = (*("tokens", "positions", "total_loss", "window_loss", "logged_at", "skipped_in_a_row"),)
+_SUMS = (
+    *("tokens", "positions", "total_loss", "window_loss", "logged_at", "skipped_in_a_row"),
+    "overflows_in_a_row",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +39,16 @@ class Done:
 
 @dataclass
 class Progress:
-    """What `Logged`, the final loss and a resumed run are computed from."""
+    """What `Logged`, the final loss and a resumed run are computed from.
+
+    Attributes:
+        limit: So many steps in a row that are not applied are the end.
+        settling: Besides these, so many whose loss is finite: a gradient scaler halves its scale
+            at each.
+    """
 
     limit: int
+    settling: int = 0
     first_step: int = 0
     tokens: int = 0
     positions: int = 0
@@ -45,6 +56,7 @@ class Progress:
     window_loss: float = 0.0
     logged_at: int = 0
     skipped_in_a_row: int = 0
+    overflows_in_a_row: int = 0
     _last: StepEnd | None = None
     _unread: list[Done] = field(default_factory=list)
 
@@ -74,13 +86,16 @@ class Progress:
             self.window_loss += end.loss
             self.total_loss += end.loss
             if bool(done.result.applied):
-                self.skipped_in_a_row = 0
+                self.skipped_in_a_row = self.overflows_in_a_row = 0
             else:
                 events.append(self._skipped(done, end, so_far=events))
         return events
 
     def _skipped(self, done: Done, end: StepEnd, *, so_far: list[Event]) -> StepSkipped:
-        self.skipped_in_a_row += 1
+        if math.isfinite(end.loss) and self.overflows_in_a_row < self.settling:
+            self.overflows_in_a_row += 1
+        else:
+            self.skipped_in_a_row += 1
         event = StepSkipped(done.step, end.loss, end.gradient_norm, done.examples)
         if self.skipped_in_a_row >= self.limit:
             raise TooManySkipped(event, self.limit, events=[*so_far, event])
@@ -107,11 +122,30 @@ class Progress:
     def resume(self, sums: dict[str, float], *, step: int) -> None:
         """Go on from what `sums` gave, after `step` steps."""
         self.first_step = step
-        vars(self).update(sums)
+        vars(self).update({name: sums[name] for name in _SUMS})
 
 
-class TooManySkipped(NonFiniteError):
-    """`limit` steps in a row were not applied; `events` holds what had been read by then."""
+class Ended(NonFiniteError):
+    """Numbers that are not finite end the run; `events` holds what had been read by then."""
+
+    events: tuple[Event, ...] = ()
+
+
+class BadWeights(Ended):
+    """A trained weight is not finite, so that nothing of the model is worth keeping."""
+
+    def __init__(self, names: str) -> None:
+        super().__init__(
+            f"Trained weights are not finite: {names}.",
+            why="An adapter with one answers nothing, so it is not saved; what was saved before "
+            "is whole.",
+            fix="Resume from the last checkpoint with a lower learning_rate, or load the base in "
+            "float32.",
+        )
+
+
+class TooManySkipped(Ended):
+    """`limit` steps in a row were not applied."""
 
     def __init__(self, last: StepSkipped, limit: int, *, events: list[Event]) -> None:
         super().__init__(
@@ -121,4 +155,4 @@ class TooManySkipped(NonFiniteError):
             why="None of these steps was applied; going on would only repeat them.",
             fix="Look at those examples, lower learning_rate, or load the base in float32.",
         )
-        self.events = events
+        self.events = tuple(events)

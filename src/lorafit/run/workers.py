@@ -147,9 +147,10 @@ def _without_threads() -> Generator[None]:
 
 
 def _serve(work: Callable[[Any], Any], pairs: Sequence[tuple[_End, _End]], *, number: int) -> None:
-    """The child: answers until the parent is gone. Ctrl-C is the parent's affair."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """The child: answers until the parent is gone or kills it. What the whole group is sent is the
+    parent's affair."""
+    for sent in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(sent, signal.SIG_IGN)
     end = pairs[number][1]
     for other in chain.from_iterable(pairs):
         if other is not end:  # held open here, the others would not see the parent go
