@@ -2,6 +2,9 @@
  * tears a write, or fails. Preloaded, so that writes from Rust and C++ are seen too; each operation
  * is appended to a log from which the disk can be made again (tests/faults/power.py).
  *
+ * Some libraries (Rust's rustix, under safetensors' rename) make system calls without the C
+ * library. A seccomp filter turns those into a signal, whose handler makes them through here.
+ *
  * fault_begin() switches it on in a process, after everything is imported.
  */
 #define _GNU_SOURCE
@@ -9,6 +12,10 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <linux/audit.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdint.h>
@@ -16,10 +23,13 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
+#include <sys/sendfile.h>
 #include <sys/uio.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 enum { WATCH, KILL, TEAR, ONCE, FROM };  /* what is done at operation `at` */
@@ -34,12 +44,15 @@ static __attribute__((constructor)) void ready(void) { root[0] = 0; }
 
 /* ---- control, called through ctypes ---- */
 
-void fault_begin(const char *folder, int what, long k, int number, const char *log) {
+static int follow_raw_calls(void);
+
+int fault_begin(const char *folder, int what, long k, int number, const char *log) {
     strncpy(root, folder, sizeof root - 1);
     root_length = strlen(root);
     mode = what, at = k, error_number = number, seen = unseen = failed = 0;
     journal = log ? (int)syscall(SYS_openat, AT_FDCWD, log, O_CREAT | O_TRUNC | O_WRONLY | O_CLOEXEC, 0644) : -1;
     active = 1;
+    return follow_raw_calls();
 }
 
 void fault_end(void) { active = 0; }
@@ -302,3 +315,104 @@ int linkat(int from, const char *old, int to, const char *new, int flags) {
     return done;
 }
 int link(const char *old, const char *new) { return linkat(AT_FDCWD, old, AT_FDCWD, new, 0); }
+
+/* ---- system calls made without the C library ---- */
+
+static const int followed[] = {
+    SYS_openat, SYS_write, SYS_pwrite64, SYS_writev, SYS_fsync, SYS_fdatasync, SYS_ftruncate,
+    SYS_renameat, SYS_renameat2, SYS_mkdirat, SYS_unlinkat, SYS_linkat, SYS_copy_file_range,
+#ifdef __x86_64__
+    SYS_open, SYS_creat, SYS_rename, SYS_mkdir, SYS_unlink, SYS_rmdir, SYS_link,
+#endif
+};
+enum { FOLLOWED = sizeof followed / sizeof *followed };
+
+static long act(long number, const long *a) {
+    switch (number) {
+    case SYS_openat: return opening((int)a[0], (char *)a[1], (int)a[2], (mode_t)a[3]);
+    case SYS_write: return write((int)a[0], (void *)a[1], (size_t)a[2]);
+    case SYS_pwrite64: return pwrite((int)a[0], (void *)a[1], (size_t)a[2], a[3]);
+    case SYS_writev: return writev((int)a[0], (void *)a[1], (int)a[2]);
+    case SYS_fsync: case SYS_fdatasync: return fsync((int)a[0]);
+    case SYS_ftruncate: return ftruncate((int)a[0], a[1]);
+    case SYS_renameat: return renameat2((int)a[0], (char *)a[1], (int)a[2], (char *)a[3], 0);
+    case SYS_renameat2: return renameat2((int)a[0], (char *)a[1], (int)a[2], (char *)a[3], (unsigned)a[4]);
+    case SYS_mkdirat: return mkdirat((int)a[0], (char *)a[1], (mode_t)a[2]);
+    case SYS_unlinkat: return unlinkat((int)a[0], (char *)a[1], (int)a[2]);
+    case SYS_linkat: return linkat((int)a[0], (char *)a[1], (int)a[2], (char *)a[3], (int)a[4]);
+    case SYS_copy_file_range: return copy_file_range((int)a[0], (off64_t *)a[1], (int)a[2], (off64_t *)a[3], (size_t)a[4], (unsigned)a[5]);
+#ifdef __x86_64__
+    case SYS_open: return opening(AT_FDCWD, (char *)a[0], (int)a[1], (mode_t)a[2]);
+    case SYS_creat: return creat((char *)a[0], (mode_t)a[1]);
+    case SYS_rename: return rename((char *)a[0], (char *)a[1]);
+    case SYS_mkdir: return mkdir((char *)a[0], (mode_t)a[1]);
+    case SYS_unlink: return unlink((char *)a[0]);
+    case SYS_rmdir: return rmdir((char *)a[0]);
+    case SYS_link: return link((char *)a[0], (char *)a[1]);
+#endif
+    }
+    errno = ENOSYS;
+    return -1;
+}
+
+static void trapped(int signal_number, siginfo_t *info, void *context) {
+    (void)signal_number;
+    int kept = errno;
+#ifdef __x86_64__
+    greg_t *r = ((ucontext_t *)context)->uc_mcontext.gregs;
+    long given[] = {r[REG_RDI], r[REG_RSI], r[REG_RDX], r[REG_R10], r[REG_R8], r[REG_R9]};
+#else
+    unsigned long long *r = ((ucontext_t *)context)->uc_mcontext.regs;
+    long given[] = {(long)r[0], (long)r[1], (long)r[2], (long)r[3], (long)r[4], (long)r[5]};
+#endif
+    long result = act(info->si_syscall, given);
+    if (result == -1) result = -errno;
+#ifdef __x86_64__
+    r[REG_RAX] = result;
+#else
+    r[0] = (unsigned long long)result;
+#endif
+    errno = kept;
+}
+
+/* where the C library's code lies: calls from there have come by here, or are its own */
+static int library(uint64_t *from, uint64_t *to) {
+    Dl_info known;
+    char line[512];
+    FILE *maps = REAL(fopen)("/proc/self/maps", "r");
+    int found = 0;
+    if (!maps || !dladdr(dlsym(RTLD_NEXT, "syscall"), &known)) return 0;
+    while (!found && fgets(line, sizeof line, maps)) {
+        unsigned long start, end, inside = (unsigned long)dlsym(RTLD_NEXT, "syscall");
+        if (sscanf(line, "%lx-%lx", &start, &end) == 2 && start <= inside && inside < end)
+            *from = start, *to = end, found = 1;
+    }
+    fclose(maps);
+    return found && *from >> 32 == (*to - 1) >> 32;
+}
+
+#define LOAD(field) BPF_STMT(BPF_LD | BPF_W | BPF_ABS, (uint32_t)offsetof(struct seccomp_data, field))
+#define HIGH (offsetof(struct seccomp_data, instruction_pointer) + 4)
+
+/* 0, or what went wrong. Inherited by forks; a programme started from here could not live with it */
+static int follow_raw_calls(void) {
+    uint64_t from, to;
+    if (!library(&from, &to)) return 1;
+    struct sigaction handler = {.sa_sigaction = trapped, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART};
+    sigaction(SIGSYS, &handler, 0);
+    struct sock_filter filter[FOLLOWED + 9] = {LOAD(nr)};
+    int n = 1;
+    for (int i = 0; i < FOLLOWED; i++)  /* one of ours: on to the address; else let it pass */
+        filter[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)followed[i], (uint8_t)(FOLLOWED - i), 0);
+    filter[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    filter[n++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, (uint32_t)HIGH);
+    filter[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, (uint32_t)(from >> 32), 0, 4);
+    filter[n++] = (struct sock_filter)LOAD(instruction_pointer);
+    filter[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, (uint32_t)from, 0, 2);
+    filter[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JGE | BPF_K, (uint32_t)(to - 1), 1, 0);
+    filter[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    filter[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP);
+    struct sock_fprog programme = {.len = (unsigned short)n, .filter = filter};
+    if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return 2;
+    return syscall(SYS_seccomp, SECCOMP_SET_MODE_FILTER, 0, &programme) ? 3 : 0;
+}

@@ -54,13 +54,14 @@ class Shim:
         self, root: Path, mode: Mode, *, at: int = 0, error: int = 0, log: Path | None = None
     ) -> None:
         """Watch what changes below `root` from here on."""
-        self._library.fault_begin(
+        wrong = self._library.fault_begin(
             os.fsencode(root),
             ctypes.c_int(mode),
             ctypes.c_long(at),
             ctypes.c_int(error),
             os.fsencode(log) if log else None,
         )
+        assert not wrong, f"raw system calls cannot be followed here ({wrong})"
 
     def end(self) -> dict[str, int]:
         """Stop; operations seen, failed on purpose, and ways to write that were not followed."""

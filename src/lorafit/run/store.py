@@ -88,6 +88,7 @@ def whole_files(folder: Path) -> Generator[Path]:
                 _check_inside(folder, target.parent)
                 path.replace(target)
                 _sync(target.parent)
+            _sync_all(partial)  # where they are no longer
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
