@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
@@ -174,10 +175,36 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(
     assert saved is not None
     step = int(saved.name.removeprefix("checkpoint-"))
     words = [*command[3:], "--max-steps", str(step + 2), "--resume-from-checkpoint", "auto"]
-    done = invoke(*words)
+    settings, told = (out / "config.yaml").read_bytes(), journal.read_bytes()
+    refused = invoke(*words)
+    assert refused.exit_code == 2 and f"max_steps={step + 2} (was 400)" in refused.output
+    assert (out / "config.yaml").read_bytes() == settings and journal.read_bytes() == told
+    done = invoke(*words, "--accept")
     assert done.exit_code == 0, done.output
+    assert (out / "config.yaml").read_bytes() != settings
     steps = [json.loads(line) for line in journal.open()]
     assert [e["step"] for e in steps if e["event"] == "StepEnd"] == list(range(1, step + 3))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
+def test_a_signal_while_data_is_read_leaves_in_good_order(
+    tiny_llama: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    command = [sys.executable, "-m", "lorafit", "train", "--model", str(tiny_llama)]
+    command += ["--data", "-", "--output-dir", str(tmp_path / "run")]
+    running = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    used, before = 0.0, -1.0
+    while used < 1 or used > before:  # imports are done, and it waits for rows
+        time.sleep(0.4)
+        before, used = used, sum(psutil.Process(running.pid).cpu_times()[:2])
+    running.send_signal(number)
+    _, said = running.communicate(timeout=60)
+    assert running.returncode == code
+    assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 
 def test_check_tells_what_would_hurt_to_people_and_machines(

@@ -1,8 +1,13 @@
 """A run that stops, however it does, goes on as if it had not; and ends with what was asked."""
 
+import ast
 import json
 import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +16,16 @@ import torch
 import transformers
 from torch.utils.data import DataLoader
 
+import lorafit
+from lorafit.data import loader
+from lorafit.data.collate import PadCollator
 from lorafit.errors import NonFiniteError, TrainingInterrupted, UsageError
-from lorafit.events import Notice, RunEnded
+from lorafit.events import Notice, RunEnded, StepSkipped
+from lorafit.model import adapters
 from lorafit.run import checkpoint, store
-from tests.tiny import adapter, events_of, llama, make, plain, same
+from tests.tiny import adapter, arguments, events_of, llama, make, plain, same
+
+ROOT = Path(__file__).parents[1]
 
 RUN: dict[str, Any] = {  # 4 steps an epoch, the last of one row; 12 in all
     "data": plain(13), "num_train_epochs": 3, "lr_scheduler_type": "cosine", "warmup_steps": 2,
@@ -482,3 +493,412 @@ def test_a_card_that_was_written_anew_does_not_spoil_a_checkpoint(tmp_path: Path
 
     run(tmp_path, save_strategy="steps", save_steps=6, callbacks=[Again()])
     assert run(tmp_path, resume=str(tmp_path / "checkpoint-6")).state.global_step == 12
+
+
+# ---- resumed again and again, elsewhere, otherwise
+
+
+def packed(folder: Path, *, resume: Any = None, callbacks: Any = (), **given: Any) -> Any:
+    """A packed run with dropout, 12 steps."""
+    values = {"layout": "packed", "num_train_epochs": 3, "lr_scheduler_type": "cosine", **given}
+    trainer = lorafit.Trainer(
+        model=llama(dropout=0.3), args=arguments(folder, **values),
+        data_collator=PadCollator(0), train_dataset=plain(13), callbacks=[*callbacks],
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=resume)
+    assert trainer._packing.layout == values["layout"]
+    return trainer
+
+
+@pytest.mark.parametrize("kind", [run, packed])
+def test_five_resumptions_are_bitwise(tmp_path: Path, kind: Any) -> None:
+    whole = kind(tmp_path / "whole")
+    for at in (2, 4, 5, 9, 12):
+        send = Send(signal.SIGINT, at=at, event="on_step_begin")
+        with pytest.raises(KeyboardInterrupt):
+            kind(tmp_path / "part", resume="auto", callbacks=[send])
+    resumed = kind(tmp_path / "part", resume="auto")
+    assert_same(whole, resumed)
+    assert journal(tmp_path / "part", "StepEnd") == list(range(1, 13))
+    assert journal(tmp_path / "part", "RunEnded") == [12]
+
+
+@pytest.mark.parametrize("given", [{"token_budget": 40}, {"layout": "as_given"}])
+def test_another_layout_goes_on_with_the_same_curve(tmp_path: Path, given: Any) -> None:
+    whole = packed(tmp_path, save_strategy="steps", save_steps=6)
+    trainer = packed(tmp_path / "other", resume=str(tmp_path / "checkpoint-6"), **given)
+    kept = [(e["step"], pytest.approx(e["loss"], rel=1e-5)) for e in log(whole) if "loss" in e]
+    assert [(e["step"], e["loss"]) for e in log(trainer) if "loss" in e] == kept
+    said = (tmp_path / "other" / "journal.jsonl").read_text()
+    assert "to rounding, not bit for bit" in said and next(iter(given)) in said
+
+
+def forge(folder: Path, state: str) -> None:
+    """Give a checkpoint another state, with a manifest that says so."""
+    file, manifest = folder / checkpoint.STATE, folder / store.MANIFEST
+    file.write_bytes(state.encode("latin-1"))
+    described = json.loads(manifest.read_text())
+    described["files"][file.name] = {"bytes": len(state), "sha256": store.sha256(file)}
+    manifest.write_text(json.dumps(described))
+
+
+class Lazy(torch.utils.data.Dataset[Any]):
+    """Rows made when they are asked for, and remembered which."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.asked = rows, list[int]()
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Any:
+        self.asked.append(index)
+        return plain(16)[index % 16]
+
+
+def test_far_into_a_lazy_set_no_row_is_read_again(tmp_path: Path) -> None:
+    def trainer(rows: Lazy, steps: int) -> Any:
+        return make(tmp_path, data=rows, max_steps=steps, per_device_train_batch_size=2)
+
+    first, count = Lazy(1_100_000), 1_000_000
+    begun = trainer(first, 3)
+    begun.args.save_strategy, begun.args.save_steps = "steps", 2
+    begun.train()
+    folder = tmp_path / "checkpoint-2"
+    described = json.loads((folder / checkpoint.STATE).read_text())
+    described["position"] = {"step": 2, "epoch": 0, "rows": count}
+    forge(folder, json.dumps(described))
+    resumed = Lazy(len(first))
+    trainer(resumed, 4).train(resume_from_checkpoint=str(folder))
+    order = loader.order(len(first), seed=3, epoch=0)
+    assert resumed.asked[-8:] == order[count : count + 8]
+    assert len(resumed.asked) <= 2 * 16 + 8 + 1
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(plain(40))
+
+
+def test_a_stream_is_skipped_with_progress_and_may_be_interrupted(tmp_path: Path) -> None:
+    given: Any = {"data": Stream(), "max_steps": 8}
+    whole = run(tmp_path / "whole", **given)
+    run(tmp_path / "part", save_strategy="steps", save_steps=5, **(given | {"max_steps": 5}))
+
+    class Skipping(Stream):
+        def __iter__(self) -> Any:
+            for number, row in enumerate(plain(40)):
+                if number == 5:
+                    os.kill(os.getpid(), signal.SIGINT)
+                yield row
+
+    interrupted = {**given, "data": Skipping()}
+    with pytest.raises(KeyboardInterrupt, match="at step 5 of 8"):
+        run(tmp_path / "part", resume="auto", **interrupted)
+    trainer = make(tmp_path / "part", model=llama(dropout=0.3), **(RUN | given))
+    with events_of(trainer) as told:
+        trainer.train(resume_from_checkpoint=True)
+    said = [event.text for event in told if isinstance(event, Notice)]
+    assert "reading past what was trained on: 1 of 10 batches" in said
+    assert "reading past what was trained on: 10 of 10 batches" in said
+    assert trainer.state.global_step == whole.state.global_step == 8
+    losses = [[e["loss"] for e in log(t) if "loss" in e] for t in (whole, trainer)]
+    assert len(losses[0]) == len(losses[1]) > 1
+
+
+# ---- what changed since
+
+
+def test_a_strict_run_refuses_what_changes_it(tmp_path: Path) -> None:
+    run(tmp_path, save_strategy="steps", save_steps=6)
+    before = (tmp_path / "journal.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=r"(?s)learning_rate=0\.005 \(was 0\.01\).*--accept"):
+        run(tmp_path, resume=True, learning_rate=5e-3, accept=False)
+    with pytest.raises(UsageError, match=r"data\.rows=9 \(was 13\)"):
+        run(tmp_path, resume=True, data=plain(9), accept=False)
+    with pytest.raises(UsageError, match=r"data\.examples"):
+        run(tmp_path, resume=True, data=plain(14)[1:], accept=False)
+    with pytest.raises(UsageError, match=r"step\.examples=2 \(was 4\)"):
+        run(tmp_path, resume=True, gradient_accumulation_steps=1, accept=False)
+    assert (tmp_path / "journal.jsonl").read_bytes() == before
+    run(tmp_path, resume=True, accept=False, logging_steps=5, save_steps=7)
+
+
+def test_another_optimiser_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, save_strategy="steps", save_steps=6)
+    with pytest.raises(UsageError, match=r"(?s)cannot go on with optimizer\.kind.*SGD"):
+        run(tmp_path, resume=True, optim="sgd")
+
+
+def test_a_new_learning_rate_is_taken_up(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"lr_scheduler_type": "constant", "warmup_steps": 0}
+    run(tmp_path, save_strategy="steps", save_steps=6, **given)
+    new = {"learning_rate": 5e-3, "weight_decay": 0.1}
+    trainer = run(tmp_path, resume=str(tmp_path / "checkpoint-6"), **given, **new)
+    rates = {e["step"]: e["learning_rate"] for e in log(trainer) if "learning_rate" in e}
+    assert (rates[6], rates[9], rates[12]) == (1e-2, 5e-3, 5e-3)
+    assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_state_that_does_not_fit_is_refused_in_words(tmp_path: Path) -> None:
+    run(tmp_path, save_strategy="steps", save_steps=6)
+    model = llama(dropout=0.3)
+    next(p for p in model.parameters() if p.requires_grad).requires_grad_(False)
+    with pytest.raises(UsageError):
+        make(tmp_path, model=model, **RUN).train(resume_from_checkpoint=True)
+
+
+# ---- somebody else's folders
+
+
+def foreign(folder: Path, step: int) -> Path:
+    """A checkpoint that transformers might have left."""
+    made = folder / f"checkpoint-{step}"
+    made.mkdir(parents=True)
+    (made / "trainer_state.json").write_text("{}")
+    (made / "optimizer.pt").write_bytes(b"theirs")
+    return made
+
+
+def test_auto_beside_somebody_elses_checkpoints_is_refused(tmp_path: Path) -> None:
+    theirs = foreign(tmp_path, 2)
+    with pytest.raises(UsageError, match=r"(?s)not lorafit's.*checkpoint-2 skipped.*output_dir"):
+        run(tmp_path, resume="auto")
+    assert sorted(p.name for p in theirs.iterdir()) == ["optimizer.pt", "trainer_state.json"]
+
+
+def test_somebody_elses_checkpoint_is_set_aside_whole(tmp_path: Path) -> None:
+    foreign(tmp_path, 2)
+    foreign(tmp_path, 9)
+    run(tmp_path, save_strategy="steps", save_steps=2, save_total_limit=1, max_steps=4)
+    aside = tmp_path / "checkpoint-2.not-lorafits-1"
+    assert (aside / "optimizer.pt").read_bytes() == b"theirs"
+    assert (tmp_path / "checkpoint-9" / "optimizer.pt").read_bytes() == b"theirs"
+    trainer = run(tmp_path, resume="auto", max_steps=4)  # ours is found beside theirs
+    assert trainer.state.global_step == 4
+
+
+@pytest.mark.parametrize("spoil", ["[]", "{}", '{"format": 3, "position": {"x": 1}}', "\xff"])
+def test_state_that_is_no_state_is_skipped(tmp_path: Path, spoil: str) -> None:
+    run(tmp_path, save_strategy="steps", save_steps=5)
+    folder = tmp_path / "checkpoint-12"
+    forge(folder, spoil)
+    trainer = make(tmp_path, model=llama(dropout=0.3), **RUN)
+    with events_of(trainer) as told:
+        trainer.train(resume_from_checkpoint=True)
+    said = [event.text for event in told if isinstance(event, Notice)]
+    skipped = "checkpoint-12 skipped: (its state cannot be read|format None of another)"
+    assert any(re.match(skipped, s) for s in said), said
+    assert any("checkpoint-10 at step 10" in s for s in said)
+
+
+# ---- a checkpoint on demand
+
+
+def test_usr1_saves_and_goes_on(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    sends = [Send(signal.SIGUSR1, at=at) for at in (1, 5)]
+    part = run(tmp_path / "part", callbacks=sends, save_only_model=True)
+    assert_same(whole, part)
+    assert [step for step, _ in store.checkpoints(tmp_path / "part")] == [1, 5]
+    assert_same(whole, run(tmp_path / "part", resume=str(tmp_path / "part" / "checkpoint-5")))
+
+
+def test_a_scripts_own_handler_gets_a_checkpoint_too(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        trainer = run(tmp_path, callbacks=[Send(signal.SIGTERM, at=3)])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert trainer.state.global_step == 12
+    assert [step for step, _ in store.checkpoints(tmp_path)] == [3]
+
+
+def test_a_signal_during_a_save_waits_for_it(tmp_path: Path) -> None:
+    class Saving(lorafit.Trainer):
+        def save_model(self, *given: Any, **how: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().save_model(*given, **how)
+
+    trainer = make(tmp_path, kind=Saving, **(RUN | {"save_strategy": "steps", "save_steps": 3}))
+    with pytest.raises(TrainingInterrupted, match="at step 3 of 12"):
+        trainer.train()
+    assert not checkpoint.fault(tmp_path / "checkpoint-3")
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_signal_before_the_first_step_is_ours(tmp_path: Path) -> None:
+    class Reading(Lazy):
+        def __getitem__(self, index: int) -> Any:
+            if not self.asked:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().__getitem__(index)
+
+    with pytest.raises(TrainingInterrupted, match="before the first step"):
+        run(tmp_path, data=Reading(8))
+
+
+# ---- numbers
+
+
+def poison(model: Any, value: float = torch.nan) -> None:
+    next(p for p in model.parameters() if p.requires_grad).data.view(-1)[0] = value
+
+
+class Poison(transformers.TrainerCallback):
+    """Spoils a weight after step `at`."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_step_end(self, args: Any, state: Any, *_: Any, model: Any, **__: Any) -> None:
+        if state.global_step == self.at:
+            poison(model)
+
+
+@pytest.mark.parametrize("given", [{"save_strategy": "steps", "save_steps": 2}, {}])
+def test_a_bad_weight_is_never_saved(tmp_path: Path, given: Any) -> None:
+    """At a save, and at the end of a run that saves nothing."""
+    at = 4 if given else 12
+    trainer = make(tmp_path, callbacks=[Poison(at)], **(RUN | given))
+    with events_of(trainer) as told, pytest.raises(NonFiniteError, match="weights are not finite"):
+        trainer.train()
+    assert isinstance(told[-1], RunEnded) and told[-1].reason == "non-finite"
+    assert [step for step, _ in store.checkpoints(tmp_path)] == ([2] if given else [])
+    with pytest.raises(NonFiniteError):
+        trainer.save_model(str(tmp_path / "final"))
+    assert not (tmp_path / "final").exists()
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_named_and_not_applied(tmp_path: Path, where: str) -> None:
+    bad = {3} if where == "loss" else {3, 4}
+
+    class Spoiled(lorafit.Trainer):
+        def compute_loss(self, model: Any, inputs: Any, **given: Any) -> Any:
+            loss = super().compute_loss(model, inputs, **given)
+            if self.state.global_step + 1 in bad and not given.get("return_outputs"):
+                p = next(p for p in model.parameters() if p.requires_grad)
+                spoiled = (p * 0).sqrt().sum() if where == "gradient" else torch.nan
+                return loss + spoiled
+            return loss
+
+    given = {"save_strategy": "steps", "save_steps": 1, "max_steps": 6}
+    trainer = make(tmp_path, kind=Spoiled, **(RUN | given))
+    with events_of(trainer) as told:
+        trainer.train()
+    skipped = [event for event in told if isinstance(event, StepSkipped)]
+    assert [event.step for event in skipped] == sorted(bad)
+    order = loader.order(13, seed=3, epoch=0)
+    assert list(skipped[0].examples) == order[8:12]
+    states = [adapters.read_adapter_state(tmp_path / f"checkpoint-{step}") for step in range(1, 7)]
+    assert same(states[1], states[2]) and not same(states[4], states[5])
+    assert all(t.isfinite().all() for state in states for t in state.values())
+
+
+def test_an_evaluation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    class Judged(lorafit.Trainer):
+        def evaluate(self, *given: Any, **how: Any) -> Any:
+            metrics = super().evaluate(*given, **how)
+            metrics["eval_good"] = {1: 1.0, 2: torch.inf, 3: torch.nan, 4: 0.5}[
+                self.state.global_step
+            ]
+            return metrics
+
+    trainer = make(
+        tmp_path, kind=Judged, max_steps=4, eval_strategy="steps", eval_steps=1,
+        save_strategy="best", metric_for_best_model="good", greater_is_better=True,
+        eval_dataset=HELD, data=plain(16),
+    )  # fmt: skip
+    trainer.train()
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (1.0, 1)
+    assert [step for step, _ in store.checkpoints(tmp_path)] == [1]
+
+
+# ---- no pickle
+
+
+def test_nothing_is_pickled(tmp_path: Path) -> None:
+    """A run with saves, best adapter and resumption, where any pickle is an error."""
+    code = f"""
+import sys
+from pathlib import Path
+import torch, pickle, datasets
+from tests.test_trainer_stops import run, HELD, signal, Send
+
+def never(*_, **__):
+    raise AssertionError("pickled")
+
+def hook(event, given):
+    if event == "pickle.find_class":
+        never()
+
+torch.load = torch.save = never
+for name in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
+    setattr(pickle, name, never)
+sys.addaudithook(hook)
+folder, given = Path({str(tmp_path)!r}), dict(
+    eval_dataset=HELD, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2,
+    load_best_model_at_end=True)
+try:
+    run(folder, callbacks=[Send(signal.SIGINT, at=6)], **given)
+except KeyboardInterrupt:
+    run(folder, resume="auto", **given).save_model(str(folder / "final"))
+    print("went on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert done.stdout.endswith("went on\n"), done.stderr
+    kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
+    assert kinds == {".json", ".jsonl", ".safetensors", ".md"}
+
+
+def test_the_package_names_no_pickle() -> None:
+    """But for the error of a row that cannot go to a process of our own."""
+    pickling = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found += [(path.name, a.name) for a in node.names if a.name in pickling]
+            elif isinstance(node, ast.ImportFrom) and node.module in pickling:
+                found += [(path.name, a.name) for a in node.names]
+            elif ast.unparse(node) in ("torch.load", "torch.save"):
+                found.append((path.name, ast.unparse(node)))
+    assert found == [("workers.py", "PicklingError")]
+
+
+# ---- under torchrun
+
+
+def test_torchrun_gives_a_save_its_time(tmp_path: Path) -> None:
+    """SIGTERM to the agent: it passes it on and kills after 30 s."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "import time\n"
+        "from tests.test_trainer_stops import run, transformers\n"
+        "class Slow(transformers.TrainerCallback):\n"
+        "    def on_step_end(self, args, state, control, **_):\n"
+        "        time.sleep(0.2)\n"
+        f"        Path({str(tmp_path / 'began')!r}).touch()\n"
+        f"run(Path({str(tmp_path / 'out')!r}), callbacks=[Slow()], num_train_epochs=100)\n"
+    )
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", str(script)]
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
+    agent = subprocess.Popen(
+        [sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    try:
+        for _ in range(1200):
+            if (tmp_path / "began").exists():
+                break
+            time.sleep(0.1)
+        agent.terminate()
+        _, told = agent.communicate(timeout=30)
+    finally:
+        agent.kill()
+    (folder,) = (tmp_path / "out").glob("checkpoint-*")
+    assert not checkpoint.fault(folder) and agent.returncode != 0
+    assert "Stopped by SIGTERM" in told

@@ -40,8 +40,6 @@ class Face:
     _optimizer_notice, _initial_num_input_tokens_seen = "", 0
     _running: Session | None = None
     _held: str | None = None
-    contract: Mapping[str, Any] = MappingProxyType({})
-    panels: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -88,6 +86,7 @@ class Face:
         self.model_accepts_loss_kwargs = base.accepts_count(self.model)
         self.label_names = list(base.label_names(self.model, settings.label_names))
         self.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
+        self.contract, self.panels = dict[str, Any](), dict[str, Any]()
         self.resume_command = "trainer.train(resume_from_checkpoint=True)"
         self._console = Console(live=settings.disable_tqdm is not True)
         self.observers = Observers([self._console])

@@ -415,3 +415,28 @@ def test_rows_are_known_beforehand_where_that_is_cheap(tmp_path: Path) -> None:
     assert [locate(one).count() for one in given] == [2] * 4
     unknown = [str(tmp_path / "a.json"), rows.to_iterable_dataset()]
     assert [locate(one).count() for one in unknown] == [None] * 2
+
+
+def test_a_hash_of_rows_sees_all_of_them() -> None:
+    """Every number of an array, dates, bytes; the same in every process."""
+    import datetime
+
+    import numpy as np
+    import torch
+
+    from lorafit.data.read import Row, _hash_rows
+
+    def told(value: object) -> str:
+        return _hash_rows([Row({"x": value}, "x:1")])
+
+    long = np.arange(5000)
+    other = long.copy()
+    other[2500] = 0
+    ragged = np.array([long, other[:7]], dtype=object)
+    values = (
+        long, other, torch.tensor([1.5]), datetime.date(2026, 1, 1), datetime.date(2026, 1, 2),
+        b"a", b"b", np.array(["a", "b"]), np.array(["a", "c"]), ragged, ragged[::-1],
+        np.array(["2026-01-01"], dtype="datetime64[D]"), 1 + 2j,
+    )  # fmt: skip
+    assert len({told(value) for value in values}) == len(values)
+    assert told(long) == told(long.copy())
