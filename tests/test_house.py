@@ -119,7 +119,7 @@ STEP_PATH: tuple[str, ...] = (
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 455, 74  # docs/decisions/0007-graphs.md
+STEP_CODE, STEP_BRANCHES = 455, 75  # docs/decisions/0007-graphs.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
-from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch

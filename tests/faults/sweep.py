@@ -82,7 +82,7 @@ class Pool:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: `passed` of `tried`; `failures` are its jobs that failed, with answers."""
+    """A row of the table: `passed` of `tried`; `failures` are jobs that failed, with answers."""
 
     name: str
     what: str

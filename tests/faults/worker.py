@@ -78,7 +78,7 @@ def child(work: Path, body: Callable[[], dict[str, int]]) -> Ended:
 
 
 class Worker:
-    """Mutable: `work` holds the folders of the job at hand; references are made when first needed."""
+    """Mutable: `work` holds the folders of the job at hand; references are made when needed."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.shim = work, Shim()
