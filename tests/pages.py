@@ -1,6 +1,7 @@
-"""docs/arguments.md and docs/compat.md, made from the panels and the tables of names.
+"""docs/arguments.md, compat.md and the table of resuming.md, made from the panels and the tables.
 
-`python -m tests.pages` rewrites them; test_arguments.py and test_compat.py hold them to it.
+`python -m tests.pages` rewrites them; test_arguments.py, test_compat.py and run/test_changes.py
+hold them to it.
 """
 
 from collections.abc import Iterable
@@ -12,6 +13,7 @@ from typing import Any
 from lorafit.arguments import ONCE, PANELS, PYTHON_ONLY, TrainingArguments
 from lorafit.names import ALIASES, DIFFERENT, NO_OPS, OLD_VALUES, REFUSED
 from lorafit.panel import Knob, spoken
+from lorafit.run import changes
 from tests.drop_in_table import ARGUMENTS, HABITS, TRAINER
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -73,6 +75,35 @@ def compat_page() -> str:
     ) + "\n"  # fmt: skip
 
 
+CLASSES = "<!-- classes: made by python -m tests.pages -->"
+
+
+def resuming_page() -> str:
+    """docs/resuming.md as it stands, with the classes of knobs and facts as they are."""
+    before, _, rest = (DOCS / "resuming.md").read_text(encoding="utf-8").partition(CLASSES)
+    _, _, after = rest.partition(CLASSES)
+    facts = {kind: [n for n, of in changes.FACTS.items() if of == kind] for kind in KINDS}
+    knobs = {
+        "harmless": changes.HARMLESS, "rounding": changes.ROUNDING, "changes": changes.CHANGES,
+        "impossible": (),
+    }  # fmt: skip
+    rows = [(f"*{kind}*", *(_names(of[kind]) for of in (knobs, facts))) for kind in KINDS]
+    shown = [(f"`{fact}`", _names(names)) for fact, names in changes.SHOWN.items()]
+    tables = [
+        table(("class", "arguments", "facts"), rows),
+        "These arguments are not compared themselves, but what they make:",
+        table(("fact", "arguments"), shown),
+    ]
+    return before + CLASSES + "\n\n" + "\n\n".join(tables) + "\n\n" + CLASSES + after
+
+
+KINDS = ("harmless", "rounding", "changes", "impossible")
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
 def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
     """A Markdown table."""
     lines = [head, ("---",) * len(head), *rows]
@@ -114,3 +145,4 @@ if __name__ == "__main__":
     DOCS.mkdir(exist_ok=True)
     (DOCS / "arguments.md").write_text(arguments_page(), encoding="utf-8")
     (DOCS / "compat.md").write_text(compat_page(), encoding="utf-8")
+    (DOCS / "resuming.md").write_text(resuming_page(), encoding="utf-8")

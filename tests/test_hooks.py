@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import lorafit
-from lorafit.errors import ConfigError, ModelError
+from lorafit.errors import ConfigError, ModelError, NonFiniteError
 from lorafit.events import Evaluated, Notice
 from tests.tiny import collate, events_of, llama, make, numbers, plain
 
@@ -278,7 +278,8 @@ def test_the_users_optimiser_is_left_able_to_step(tmp_path: Path) -> None:
             if state.global_step == 2:
                 given[0].data[0, 0] = torch.nan
 
-    make(tmp_path, model=model, optimizers=(optimizer, None), callbacks=[Poison()]).train()
+    with pytest.raises(NonFiniteError, match="weights are not finite"):
+        make(tmp_path, model=model, optimizers=(optimizer, None), callbacks=[Poison()]).train()
     with torch.no_grad():
         given[0][0, 0] = 0.0
     before = given[1].detach().clone()

@@ -173,7 +173,7 @@ class Trainer(Hooks):
 
     def _act(self, run: Session) -> None:
         """What the callbacks' control asks for; a reading that is due."""
-        if self._callbacks.asks() or run.signals.save:
+        if self._callbacks.asks() or run.watch.signals.save:
             self._do_as_asked(run)
         if run.reading_is_due():
             self._take_reading(run)

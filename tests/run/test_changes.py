@@ -1,6 +1,7 @@
 """Every knob is classed once, and a difference is told by its class."""
 
 import pytest
+from tests import pages
 
 from lorafit.arguments import PANELS
 from lorafit.errors import ConfigError
@@ -59,3 +60,8 @@ def test_what_is_impossible_is_refused_even_so() -> None:
 def test_a_checkpoints_text_is_escaped() -> None:
     (line,) = since({"seed": "\x1b[31m" * 40}, {"seed": 1}).changes
     assert "\x1b" not in line and len(line) < 150
+
+
+def test_the_page_says_so() -> None:
+    page = (pages.DOCS / "resuming.md").read_text(encoding="utf-8")
+    assert page == pages.resuming_page(), "run python -m tests.pages"

@@ -93,8 +93,9 @@ def test_a_line_that_was_cut_short_is_ended(tmp_path: Path) -> None:
 
 
 def test_another_folders_checkpoint_cuts_nothing(tmp_path: Path) -> None:
-    write(tmp_path, STARTED, logged(1))
-    write(tmp_path, logged(3), resumed=("other/checkpoint-2", 0))
+    length = write(tmp_path, STARTED)
+    write(tmp_path, logged(1))
+    write(tmp_path, logged(3), resumed=("other/checkpoint-2", length))
     assert [step for _, step in lines(tmp_path)] == [-1, 1, 3]
 
 

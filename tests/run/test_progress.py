@@ -60,6 +60,26 @@ def test_a_row_of_them_is_an_end() -> None:
     assert names == ["StepEnd", "StepEnd", "StepSkipped", "StepEnd", "StepSkipped"]
 
 
+def test_a_scaler_may_settle_but_not_a_loss() -> None:
+    """Overflowing gradients of a finite loss are the scale's; a loss that is none is nobody's."""
+    progress = Progress(limit=3, settling=16)
+    for step in range(1, 19):
+        progress.add(done(step, applied=False))
+    assert sum(isinstance(event, StepSkipped) for event in progress.read()) == 18
+    assert (progress.overflows_in_a_row, progress.skipped_in_a_row) == (16, 2)
+    progress.add(done(19, applied=False))
+    with pytest.raises(TooManySkipped, match="3 steps in a row, up to step 19"):
+        progress.read()
+    progress = Progress(limit=3, settling=16)
+    for step in range(1, 4):
+        progress.add(done(step, math.nan, applied=False))
+    with pytest.raises(TooManySkipped, match="up to step 3"):
+        progress.read()
+    progress.add(done(4))
+    progress.read()
+    assert progress.overflows_in_a_row == progress.skipped_in_a_row == 0
+
+
 def test_sums_go_on() -> None:
     progress, again = Progress(limit=3), Progress(limit=3)
     for step in (1, 2):
