@@ -539,7 +539,8 @@ def forge(folder: Path, state: str) -> None:
     file.write_bytes(state.encode("latin-1"))
     described = json.loads(manifest.read_text())
     described["files"][file.name] = {"bytes": len(state), "sha256": store.sha256(file)}
-    manifest.write_text(json.dumps(described))
+    del described["sha256"]
+    manifest.write_text(store.sealed(described))
 
 
 class Lazy(torch.utils.data.Dataset[Any]):

@@ -284,6 +284,7 @@ class Face:
         if _internal_call:
             self._save(output_dir)
             return
+        self._check_finite()  # before anything is made
         folder = Path(output_dir or self._settings.output_dir)
         with store.whole_files(folder) as partial:
             self._save(str(partial))

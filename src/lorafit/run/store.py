@@ -238,7 +238,7 @@ def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
     }
     _sync_all(folder)
     listed = {"files": files, "versions": _versions(), **about}
-    (folder / MANIFEST).write_text(_sealed(listed), encoding="utf-8")
+    (folder / MANIFEST).write_text(sealed(listed), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
 
@@ -251,7 +251,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _sealed(listed: Mapping[str, Any]) -> str:
+def sealed(listed: Mapping[str, Any]) -> str:
     """The manifest's text, its own sha256 in it: of a changed byte, it says so itself."""
     digest = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
     return json.dumps({**listed, "sha256": digest}, indent=2) + "\n"
@@ -294,7 +294,7 @@ def fault(folder: Path) -> str:
     try:
         listed = _manifest(folder)
         unsealed = {key: value for key, value in listed.items() if key != "sha256"}
-        if (folder / MANIFEST).read_text(encoding="utf-8") != _sealed(unsealed):
+        if (folder / MANIFEST).read_text(encoding="utf-8") != sealed(unsealed):
             return f"{MANIFEST} does not match its sha256"
         for name, entry in listed["files"].items():
             if name == CARD:  # prose, which peft's save_pretrained writes anew
