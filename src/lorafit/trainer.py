@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
-from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
@@ -135,7 +134,7 @@ class Trainer(Hooks):
         self.is_in_train = True
         try:
             run.signals.poll()
-            if run.arguments.eval_on_start:
+            if run.arguments.eval_on_start and not run.position.step:
                 self.evaluate(ignore_keys=run.ignore_keys)
             self._act(run)  # a reading, or the evaluation that an interrupted run was at
             for epoch in range(run.position.epoch, run.plan.epochs):
@@ -400,7 +399,7 @@ class Trainer(Hooks):
                 error.what,
                 why=f"Training stopped at step {run.position.step} of {run.plan.steps}; "
                 f"{run.saved_in or 'nothing'} is the last whole checkpoint. {error.why}",
-                fix=f"{error.fix}\nThen resume: {self.resume_command}",
+                fix=(*error.fix.splitlines(), f"Then resume: {self.resume_command}"),
             ) from error
 
     @contextmanager
