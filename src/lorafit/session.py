@@ -6,7 +6,8 @@ the run are `run/progress.py`'s. Decides nothing: the trainer does.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,7 @@ class Session:
     resumed: Kept | None = None
     ignore_keys: list[str] | None = None
     clock: float = 0.0
+    goes_on: dict[str, Any] = field(default_factory=dict)
     saved_at: int = 0
     saved_in: Path | None = None
     saved_bytes: int = 0
@@ -123,20 +125,29 @@ class Session:
     def _begin_epoch(self, epoch: int) -> Iterator[StepBatches]:
         """The steps of `epoch`, whose beginning draws random numbers: for the workers, and for the
         order that a loader of the user's own has. A resumed epoch is begun with the random state
-        that it began with, and goes on with the one that the checkpoint kept."""
+        that it began with, and goes on with the one that it was `taken_up` with."""
         kept, self.resumed = self.resumed, None
         if kept:
             checkpoint.set_random_state(kept.state.epoch_began or kept.state.random_state)
         self._begin_step()
         self.epoch_began = self.step_began
         if kept:  # what an interruption while rows are skipped goes back to
-            self.step_began = kept.state.random_state
+            self.step_began = self.goes_on
         steps = self.loader.epoch(epoch, skip=self.position.rows, moved=self._left_out)
         if self.position.rows:
             if kept:
-                checkpoint.set_random_state(kept.state.random_state)
+                checkpoint.set_random_state(self.goes_on)
             self._begin_step()
         return steps
+
+    @contextmanager
+    def taken_up(self) -> Generator[None]:
+        """Inside, a resumed run does what it was interrupted at before its next step, with the
+        random state that the checkpoint kept; what is drawn there counts, nothing else does."""
+        if self.resumed:
+            checkpoint.set_random_state(self.resumed.state.random_state)
+        yield
+        self.goes_on = checkpoint.random_state()
 
     def _left_out(self, done: int, total: int) -> None:
         """Batches were read that are left out: at first, at last and every ten seconds a line."""

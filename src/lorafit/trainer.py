@@ -133,10 +133,11 @@ class Trainer(Hooks):
         self._callbacks.fire("on_train_begin")
         self.is_in_train = True
         try:
-            run.signals.poll()
-            if run.arguments.eval_on_start:
-                self.evaluate(ignore_keys=run.ignore_keys)
-            self._act(run)  # a reading, or the evaluation that an interrupted run was at
+            with run.taken_up():
+                run.signals.poll()
+                if run.arguments.eval_on_start and not run.position.step:
+                    self.evaluate(ignore_keys=run.ignore_keys)
+                self._act(run)  # a reading, or the evaluation that an interrupted run was at
             for epoch in range(run.position.epoch, run.plan.epochs):
                 self._epoch(run, epoch)
                 if self.control.should_training_stop:
@@ -209,8 +210,12 @@ class Trainer(Hooks):
 
     def _evaluate_in_run(self, run: Session) -> None:
         """Evaluate; remember what is best, and move a schedule that follows the metric."""
-        metrics, arguments = self.evaluate(ignore_keys=run.ignore_keys), run.arguments
-        schedule = run.engine.schedule
+        arguments, schedule, before = run.arguments, run.engine.schedule, checkpoint.random_state()
+        try:
+            metrics = self.evaluate(ignore_keys=run.ignore_keys)
+        except Asked:  # it is evaluated again from here
+            checkpoint.set_random_state(before)
+            raise
         decides = arguments.metric_for_best_model or arguments.save_strategy == "best"
         if not (decides or isinstance(schedule, ReduceLROnPlateau)):
             return
@@ -399,7 +404,7 @@ class Trainer(Hooks):
                 error.what,
                 why=f"Training stopped at step {run.position.step} of {run.plan.steps}; "
                 f"{run.saved_in or 'nothing'} is the last whole checkpoint. {error.why}",
-                fix=f"{error.fix}\nThen resume: {self.resume_command}",
+                fix=(*error.fix.splitlines(), f"Then resume: {self.resume_command}"),
             ) from error
 
     @contextmanager

@@ -93,6 +93,9 @@ class Worker:
             self.shim.begin(base, mode, **fault)
             try:
                 runs.RUNS[run](base / "run")
+            except SystemExit as left:
+                if left.code:
+                    raise
             finally:
                 seen = self.shim.end()
             return seen
@@ -121,7 +124,10 @@ class Worker:
         """Operations of an undisturbed run, by kind."""
         self.reference(run)
         ended = self.attempt(run, self.fresh(), log=self.work / "log")
-        kinds = [operation.kind.name for operation in power.read(self.work / "log")]
+        operations = power.read(self.work / "log")
+        if run != "theirs":
+            power.Disk(operations, self.work / "base")  # fails where one was not seen
+        kinds = [operation.kind.name for operation in operations]
         return {"kinds": kinds, **ended.seen}
 
     def fault(self, run: str, mode: str, at: int, error: str = "") -> dict[str, Any]:
@@ -169,7 +175,7 @@ class Worker:
     def signals(self, run: str, seed: int, most: int) -> dict[str, Any]:
         """SIGTERM, SIGINT or SIGKILL after random times, again and again, then the run again."""
         reference = self.reference(run)
-        base, draw, sent, bad = self.fresh(), random.Random(seed), 0, []
+        base, draw, sent, bad, told = self.fresh(), random.Random(seed), 0, [], []
         for _ in range(most):
             number = draw.choice([signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
             after = draw.uniform(0.02, 0.8)
@@ -188,11 +194,12 @@ class Worker:
             if ended.status == 0:
                 break
             sent += 1
+            told.append([int(number), ended.status, ended.said[-600:]])
             expected = {-int(number), 128 + int(number), 1, 2}
             if ended.status not in expected:
                 bad.append([ended.status, ended.trace[-500:]])
         judged = self.judged(run, base, reference)
-        return {**judged, "sent": sent, "bad": bad}
+        return {**judged, "sent": sent, "bad": bad, "told": told if not judged["ok"] else []}
 
     def limit(self, run: str, files: int) -> dict[str, Any]:
         """So few file handles that something fails; then enough."""

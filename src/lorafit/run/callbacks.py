@@ -162,6 +162,10 @@ class Callbacks:
             setattr(saved, name, getattr(fresh, name))
         control = _parts(saved.stateful_callbacks.pop("TrainerControl", {}))
         self.control.should_evaluate = control.get("should_evaluate") is True
+        # the save that was to follow the evaluation: what was saved instead knows nothing of it
+        self.control.should_save = (
+            self.control.should_evaluate and control.get("should_save") is True
+        )
         lost = [
             name for name, kept in saved.stateful_callbacks.items() if not self._put(name, kept)
         ]
