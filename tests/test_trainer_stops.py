@@ -238,6 +238,17 @@ def test_interrupting_an_evaluation_takes_it_again(tmp_path: Path) -> None:
     assert journal(tmp_path / "part", "Evaluated") == [4, 8, 12]
 
 
+def test_interrupting_the_last_evaluation_leaves_no_step_to_take(tmp_path: Path) -> None:
+    given = {"eval_dataset": plain(20), "eval_strategy": "steps", "eval_steps": 6, "max_steps": 6}
+    whole = run(tmp_path / "whole", **given)
+    send = Send(signal.SIGINT, at=7, event="on_prediction_step")
+    with pytest.raises(KeyboardInterrupt, match="at step 6 of 6"):
+        run(tmp_path / "part", callbacks=[send], **given)
+    resumed = run(tmp_path / "part", resume=True, **given)
+    assert resumed.state.global_step == 6
+    assert_same(whole, resumed)
+
+
 def test_readings_are_taken_once_however_often_a_run_stops(tmp_path: Path) -> None:
     given = {"eval_dataset": plain(6), "data": plain(100), "num_train_epochs": 2}
     whole = run(tmp_path / "whole", **given)

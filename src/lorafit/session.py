@@ -128,7 +128,7 @@ class Session:
         that it began with, and goes on with the one that it was `taken_up` with."""
         kept, self.resumed = self.resumed, None
         if kept:
-            checkpoint.set_random_state(kept.state.epoch_began or kept.state.random_state)
+            checkpoint.set_random_state(kept.state.epoch_began or self.goes_on)
         self._begin_step()
         self.epoch_began = self.step_began
         if kept:  # what an interruption while rows are skipped goes back to
@@ -138,7 +138,8 @@ class Session:
             if kept:
                 checkpoint.set_random_state(self.goes_on)
             self._begin_step()
-        return steps
+        # a run that had reached its last step and is resumed has none left, whatever rows there are
+        return steps if self.position.step < self.plan.steps else iter(())
 
     @contextmanager
     def taken_up(self) -> Generator[None]:
