@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
 CODE := src tests $(wildcard examples benchmarks)
 
-.PHONY: help demo test check fix same bench
+.PHONY: help demo test check fix same bench faults
 help:  ## list the verbs
 	@sed -nE 's/^([a-z]+):.*## (.*)/make \1\t\2/p' Makefile | expand -t 12
 
@@ -45,3 +45,6 @@ same: .venv/.dev  ## show that the numbers have not moved: a golden loss curve
 # Peers' environments are made outside the repository: gigabytes, once. BENCH='--rounds 5 --data d1'
 bench: .venv/.dev  ## measure against the peers on this CPU; BENCH='--smoke' tries it all in minutes
 	TORCH_INDEX=$(TORCH_INDEX) $(BIN)/python benchmarks/cpu.py $(BENCH)
+
+faults: .venv/.dev  ## kill, tear and fill the disk at every operation; writes docs/reliability.md
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m tests.faults.sweep $(FAULTS)

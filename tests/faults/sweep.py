@@ -17,7 +17,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from tests.faults import shim
+from tests.faults import page, shim
 
 SEED = 20261127
 Job = dict[str, Any]
@@ -233,6 +233,10 @@ def main() -> None:
             with given.raw.open("a") as raw:
                 raw.writelines(json.dumps([done.name, *pair]) + "\n" for pair in done.failures)
     pool.close()
+    if not (given.only or given.stride):
+        minutes = (time.monotonic() - began) / 60
+        page.PAGE.write_text(page.page(rows, seed=SEED, minutes=minutes), encoding="utf-8")
+    sys.exit(any(row.passed < row.tried for row in rows if not row.name.startswith("theirs")))
 
 
 if __name__ == "__main__":
