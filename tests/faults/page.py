@@ -8,25 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+TEMPLATE = Path(__file__).with_name("page.md")
 PACKAGES = ("torch", "transformers", "peft", "safetensors")
-
-HEAD = """# What happens when it is killed
-
-Written by `make faults`: every operation on a file that a run makes below its output folder (writes of native libraries included) is counted by a small library loaded before everything else, and at each of
-them, in a run of its own, one fault happens. The run: four steps of a tiny Llama with LoRA (r=4) and dropout, saving at every step, keeping two checkpoints, evaluating, restoring the best, saving the final adapter.
-Then the same command again, as a scheduler restarts it, with `resume_from_checkpoint="auto"` and nothing repaired by hand.
-
-**Counted as survived**: the final adapter, the last checkpoint's optimiser and random states, the log and the journal are bit for bit those of a run that nothing happened to, and no file is left over; a fault that the system tells is
-told to the person without a traceback, and the exit status is not 0. For transformers' Trainer (resumed by `get_last_checkpoint`, as its documentation says) the first half of this, without the journal.
-
-"""
-
-NOT = """
-## Not promised
-
-Bits on another machine type, torch version, thread count or layout (the curve, to rounding; docs/resuming.md). A GPU whose kernels are not deterministic. Network file systems without locks or atomic renames. A disk that says it has
-written what it has not. Streams and collators that keep random generators of their own.
-"""
 
 OURS = "python"
 THEIRS = "theirs"
@@ -56,7 +39,8 @@ def page(rows: Sequence[Row], *, seed: int, minutes: float) -> str:
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     made = (
         f"\n{datetime.now(UTC):%d %B %Y}, {minutes:.0f} minutes, seed {seed}; Python "
-        f"{platform.python_version()}, {versions}; {platform.system()} {platform.machine()}, one thread "
-        "a run. Another file system or version makes other operations.\n"
+        f"{platform.python_version()}, {versions}; {platform.system()} {platform.machine()}, "
+        "one thread a run. Another file system or version makes other operations.\n"
     )
-    return HEAD + "\n".join(lines) + "\n" + made + NOT
+    text = TEMPLATE.read_text(encoding="utf-8")
+    return text.replace("{table}", "\n".join(lines) + "\n" + made)
