@@ -403,7 +403,7 @@ class Trainer(Hooks):
             raise OutputError(
                 error.what,
                 why=f"Training stopped at step {run.position.step} of {run.plan.steps}; "
-                f"{run.saved_in or 'nothing'} is the last whole checkpoint. {error.why}",
+                f"{run.saved_in or 'No checkpoint'} is whole and the last. {error.why}",
                 fix=(*error.fix.splitlines(), f"Then resume: {self.resume_command}"),
             ) from error
 

@@ -44,8 +44,9 @@ class Journal:
 
     def synced(self) -> int:
         """Its length in bytes, all of them on disk: a checkpoint never knows of more steps."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with writing(self.path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
     def close(self) -> None:

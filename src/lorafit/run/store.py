@@ -379,7 +379,7 @@ def _dissolve(folder: Path, name: Path) -> None:
             _sync(path)
         (folder / MANIFEST).unlink(missing_ok=True)  # last, as it says what is ours
         for path in below:
-            with suppress(OSError):  # not empty
+            if not any(path.iterdir()):
                 path.rmdir()
     if os.path.lexists(folder):
         folder.rename(next(path for path in _spare(name) if not os.path.lexists(path)))
