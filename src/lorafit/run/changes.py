@@ -98,7 +98,7 @@ def said(kept: Mapping[str, Any], now: Mapping[str, Any], *, accepted: bool) -> 
         )
     if found.changes and not accepted:
         raise ConfigError(
-            "\n  ".join(["The checkpoint was made by another run:", *found.changes]),
+            ["The checkpoint was made by another run:", *(f"  {line}" for line in found.changes)],
             why="Going on would be neither that run nor this one.",
             fix="Put these back, or go on all the same: --accept (accept=True in Python).",
         )

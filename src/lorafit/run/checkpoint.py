@@ -187,7 +187,7 @@ def to_resume(folder: Path, wanted: bool | str | None) -> tuple[Kept | None, lis
     there = [path for _, path in store.checkpoints(folder)]
     if there and not any((path / store.MANIFEST).is_file() for path in there):
         raise ConfigError(
-            "\n".join([f"The checkpoints in {folder} are not lorafit's.", *skipped]),
+            [f"The checkpoints in {folder} are not lorafit's.", *skipped],
             why="They hold no state that a run could go on from, and another run beside them would "
             "be taken for theirs.",
             fix="Give the run a folder of its own: output_dir='...' (--output-dir ...), or move "
