@@ -114,8 +114,8 @@ PYTHON = [
 ]
 COMMAND = [
     Faults("kill", "`kill -9` before it", "KILL", stride=4),
-    Faults("full", "disk full from there on", "FROM", "ENOSPC"),
-    Faults("error", "input/output error, once", "ONCE", "EIO", stride=2),
+    Faults("full", "disk full from there on", "FROM", "ENOSPC", stride=4),
+    Faults("error", "input/output error, once", "ONCE", "EIO", stride=4),
 ]
 THEIRS = [
     Faults("kill", "", "KILL"),

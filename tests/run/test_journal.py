@@ -1,8 +1,13 @@
 """The journal: one line an event, and one line a step however often a run is resumed."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
+import pytest
+
+from lorafit.errors import OutputError
 from lorafit.events import Event, Logged, Notice, RunEnded, RunStarted, Saved, StepSkipped
 from lorafit.run.journal import Journal
 
@@ -102,3 +107,18 @@ def test_another_folders_checkpoint_cuts_nothing(tmp_path: Path) -> None:
 def test_resuming_into_a_new_folder_starts_a_journal(tmp_path: Path) -> None:
     write(tmp_path, logged(3), resumed=("checkpoint-2", 50))
     assert lines(tmp_path) == [("Logged", 3)]
+
+
+def test_a_journal_that_cannot_be_synced_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = Journal(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OutputError, match=r"journal\.jsonl cannot be written"):
+            journal.synced()
+    journal.close()

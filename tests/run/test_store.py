@@ -1,5 +1,7 @@
 """Folders are whole or not there."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,23 @@ def test_rotation_keeps_best_last_and_strangers(tmp_path: Path) -> None:
     store.rotate(made[-1], keep=2, protected={made[0]})
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["checkpoint-0", "checkpoint-1", "checkpoint-4"]
+
+
+def test_a_folder_that_cannot_be_removed_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = [checkpoint(tmp_path, step) for step in (1, 2)]
+
+    def broken(_: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rmdir", broken)
+        with pytest.raises(OutputError, match="Input/output error"):
+            store.rotate(made[1], keep=1)
+    assert [path.name for _, path in store.checkpoints(tmp_path)] == ["checkpoint-2"]
+    store.tidy(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"], "gone at the next start"
 
 
 def test_output_folders_are_judged_before_anything_is_made(tmp_path: Path) -> None:
