@@ -71,6 +71,11 @@ STEP_PATH: tuple[str, ...] = (
     "engine/optim.py:Updater.norm",
     "engine/optim.py:Updater.parameters",
     "engine/optim.py:Updater.showing_gradients",
+    "engine/room.py:Room._attempt",
+    "engine/room.py:Room._too_close",
+    "engine/room.py:Room._went_well",
+    "engine/room.py:Room.held",
+    "engine/room.py:Room.tokens",
     "engine/step.py:Engine._advance",
     "engine/step.py:Engine._run_part",
     "engine/step.py:Engine._update",
@@ -110,16 +115,17 @@ STEP_PATH: tuple[str, ...] = (
     "session.py:Session._begin_step",
     "session.py:Session.epoch",
     "session.py:Session.finish_step",
-    "session.py:Session.lay_out",
     "session.py:Session.reading_is_due",
+    "session.py:Session.room",
     "session.py:Session.steps",
+    "session.py:Session.take",
     "session.py:Watch.after_micro_batch",
     "session.py:Watch.after_update",
     "session.py:Watch.before_update",
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 480, 80  # docs/decisions/0009-proof-and-watch.md
+STEP_CODE, STEP_BRANCHES = 520, 84  # docs/decisions/0009-proof-and-watch.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.

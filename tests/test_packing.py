@@ -40,12 +40,14 @@ def model_of(name: str, *, dropout: float = 0.0) -> Any:
 
 
 def trained(folder: Path, model: Any, *, kind: Any = lorafit.Trainer, **given: Any) -> Any:
-    """A trainer after its run of 12 examples, 4 in a step."""
+    """A trainer after its run of 12 examples, 4 in a step; before it, with `train=False`."""
+    resume, train = given.pop("resume", None), given.pop("train", True)
     own = {"data_collator": PadCollator(0), "train_dataset": plain(12), "eval_dataset": plain(5)}
     own |= {name: given.pop(name) for name in (*own, "callbacks") if name in given}
     values = {"layout": "packed", "num_train_epochs": 2, "eval_strategy": "no"}
     trainer = kind(model=model, args=arguments(folder, **(values | given)), **own)
-    trainer.train()
+    if train:
+        trainer.train(resume)
     return trainer
 
 

@@ -11,6 +11,7 @@
     │   ├── ModelError               a base model, tokenizer or adapter (ValueError)
     │   └── OutputError              the folder to write into (OSError)
     ├── MissingPackageError          an optional package that this setting needs (ImportError)
+    ├── OutOfMemoryError             the smallest part of a step is too large (MemoryError)
     ├── NonFiniteError               loss or gradients stayed NaN or infinite (FloatingPointError)
     └── TrainingInterrupted          SIGTERM while training; what was saved is named
 """
@@ -78,6 +79,10 @@ class MissingPackageError(LorafitError, ImportError):
 
 class NonFiniteError(LorafitError, FloatingPointError):
     """Loss or gradients stayed NaN or infinite for several steps in a row."""
+
+
+class OutOfMemoryError(LorafitError, MemoryError):
+    """Memory does not hold the smallest part of a step; what was saved is named."""
 
 
 class TrainingInterrupted(LorafitError):

@@ -6,7 +6,7 @@ The trainer emits them in order; the journal writes each as one line, the consol
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Reason = Literal["finished", "stopped", "interrupted", "non-finite"]
+Reason = Literal["finished", "stopped", "interrupted", "non-finite", "out-of-memory"]
 """Why a run ended."""
 
 
@@ -52,6 +52,24 @@ class StepEnd:
     tokens: int
     supervised_tokens: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class OutOfMemory:
+    """Memory did not hold a part of a step or evaluation; the same examples run again, in parts of
+    `budget` tokens, which gives the same numbers.
+
+    `tokens` and `rows` are those of the part that failed; `recompute` is what backward makes again
+    from now on, where parts cannot be smaller.
+    """
+
+    step: int
+    doing: Literal["step", "evaluation"]
+    tokens: int
+    rows: int
+    budget: int
+    recompute: str
+    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,5 +136,13 @@ class RunEnded:
 
 
 Event: TypeAlias = (
-    RunStarted | Notice | StepEnd | Logged | StepSkipped | Evaluated | Saved | RunEnded
+    RunStarted
+    | Notice
+    | StepEnd
+    | Logged
+    | StepSkipped
+    | OutOfMemory
+    | Evaluated
+    | Saved
+    | RunEnded
 )

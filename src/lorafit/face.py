@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from lorafit import compat, parts
 from lorafit.arguments import TrainingArguments
 from lorafit.engine import optim, precision, world
+from lorafit.engine.room import Room
 from lorafit.errors import ConfigError
 from lorafit.events import Saved
 from lorafit.model import adapters, base, identity
@@ -89,8 +90,8 @@ class Face:
         self.contract, self.panels = dict[str, Any](), dict[str, Any]()
         self.resume_command = "trainer.train(resume_from_checkpoint=True)"
         self._console = Console(live=settings.disable_tqdm is not True)
-        self.observers = Observers([self._console])
-        self._signals = Signals()
+        self.observers, self._signals = Observers([self._console]), Signals()
+        self._reads = Room(divides=True, tell=self.observers.tell, doing="evaluation")
         self._precision = precision.choose(settings, settings.device)
         store.make_folder(Path(settings.output_dir))
         self.accelerator = Accelerator(self._precision, seed=parts.order_seed(settings))

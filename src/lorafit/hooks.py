@@ -5,10 +5,10 @@ wherever transformers' Trainer would use it; where none is, the engine does the 
 the loop.
 """
 
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
 from lorafit.engine.evaluation import Evaluation, Gathered, Predicted, evaluate
-from lorafit.engine.layout import MicroBatch, as_given, is_plain, moved, packed
+from lorafit.engine.layout import MicroBatch, as_given, moved
 from lorafit.engine.objective import Objective
 from lorafit.engine.optim import Recipe
+from lorafit.engine.room import Full
 from lorafit.errors import ConfigError
 from lorafit.face import Face
 from lorafit.model import adapters, base
@@ -458,15 +459,22 @@ class Hooks(Face):
                 self.model, batch.inputs, loss_only, ignore_keys=ignore_keys
             )
 
-        def laid_out() -> Iterator[MicroBatch]:
-            for batch in batches:
-                if end_to_end and is_plain(batch):
-                    yield from packed([batch], budget=sys.maxsize)
-                else:
-                    yield from as_given([batch], shifted=shifted)
-
+        laid = self._packing if end_to_end else Packing()
         with optim.resting(self.optimizer), base.without_cache(self.model):
-            return evaluate(self.model, laid_out(), predict=predict, keep=keep)
+            try:
+                return evaluate(
+                    self.model,
+                    batches,
+                    lay_out=partial(laid.lay_out_read, shifted=shifted),
+                    predict=predict,
+                    room=self._reads,
+                    step=self.state.global_step,
+                    keep=keep,
+                )
+            except Full as full:
+                if self._running is not None:  # which is saved first
+                    raise
+                raise full.explained() from full
 
     def prediction_step(
         self,

@@ -98,6 +98,10 @@ NO_OPS: Final[Mapping[str, NoOp]] = MappingProxyType(
     {
         "use_liger_kernel": NoOp("Liger's kernels are not used; the numbers are the same"),
         "liger_kernel_config": NoOp("Liger's kernels are not used", (None,)),
+        "auto_find_batch_size": NoOp(
+            "it is always so: where memory runs out, the same step runs again in smaller parts, "
+            "and examples per step stay the same"
+        ),
         "use_cache": NoOp("training keeps no key/value cache"),
         **_same(
             "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
@@ -194,11 +198,6 @@ REFUSED: Final[Mapping[str, Refused]] = MappingProxyType(
             (True,),
         ),
         **_same("bf16_full_eval fp16_full_eval", _FULL_EVAL),
-        "auto_find_batch_size": Refused(
-            "This version does not look for a batch size by itself.",
-            "Lower per_device_train_batch_size and raise gradient_accumulation_steps alike: "
-            "the curve stays the same.",
-        ),
         "ignore_data_skip": Refused(
             "A resumed run goes on with the examples that it has not seen; finding them is fast.",
             "Leave it out, or start a new run from the saved adapter.",

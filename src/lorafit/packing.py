@@ -5,6 +5,7 @@ that is known to make each row by itself, nobody has replaced a part of the step
 proven to keep documents apart (model/documents.py). Decides once, before a run; knows no loop.
 """
 
+import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +21,7 @@ from lorafit.engine import graph, memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.precision import Precision, products
 from lorafit.model import base, lora
-from lorafit.model.documents import Leaks, Runner, States, runner
+from lorafit.model.documents import Faster, Leaks, Runner, runner
 from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
 
@@ -53,12 +54,36 @@ class Packing:
         """Its name."""
         return "packed" if self.runner else "as_given"
 
-    def lay_out(self, batches: Sequence[Any], step: int, *, shifted: bool) -> list[MicroBatch]:
-        """The micro-batches of step number `step`."""
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch at most."""
+        return self.budget if self.runner else sys.maxsize
+
+    def keep_less(self, model: nn.Module) -> str:
+        """Let backward keep less from now on; what it makes again, empty where nothing is left."""
+        if self.runner is not None:
+            return self.runner.keep_less()
+        return base.recompute_more(model)
+
+    def forget(self) -> None:
+        """Hand back what is held between micro-batches."""
+        if self.runner is not None:
+            self.runner.forget()
+
+    def lay_out(
+        self, batches: Sequence[Any], tokens: int, *, step: int, shifted: bool
+    ) -> list[MicroBatch]:
+        """The micro-batches of step number `step`, of so many tokens at most."""
         draw = None if self.seed is None else (self.seed, step)
         if self.runner is None:
-            return as_given(batches, shifted=shifted, draw=draw)
-        return packed(batches, budget=self.budget, draw=draw)
+            return as_given(batches, shifted=shifted, draw=draw, most=tokens)
+        return packed(batches, budget=tokens, draw=draw)
+
+    def lay_out_read(self, batch: Any, tokens: int, *, shifted: bool) -> list[MicroBatch]:
+        """The micro-batches of a batch that is evaluated."""
+        if self.runner is not None and is_plain(batch):
+            return packed([batch], budget=tokens)
+        return as_given([batch], shifted=shifted, most=tokens)
 
 
 def choose(
@@ -110,7 +135,7 @@ def choose(
     return Packing(found, budget, seed, drawn, notices)
 
 
-def _replaying(decoder: Decoder, *, arguments: TrainingArguments, model: nn.Module) -> States:
+def _replaying(decoder: Decoder, *, arguments: TrainingArguments, model: nn.Module) -> Faster:
     """Graphs of it, where the host would be what takes the time."""
     halves = (torch.bfloat16, torch.float16)
     if arguments.device.type != "cuda" or decoder.dtype not in halves or not graph.wanted():

@@ -19,6 +19,7 @@ from lorafit.data.loader import Loader, StepBatches, rows_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.optim import Updater
+from lorafit.engine.room import Room
 from lorafit.engine.step import Engine, StepResult
 from lorafit.errors import ConfigError
 from lorafit.events import Reason, RunEnded, RunStarted
@@ -35,8 +36,9 @@ _MOMENTS, _BESIDE_WEIGHTS = 12, 1 << 20
 """Bytes of optimiser state per trained number (two moments and a master in float32, at most), and
 bytes of a checkpoint's small files."""
 
-Layout = Callable[[Sequence[Any], int], Sequence[MicroBatch]]
-"""The collated batches of a step, and its number -> its micro-batches."""
+Layout = Callable[..., Sequence[MicroBatch]]
+"""The collated batches of a step, a number of tokens, and `step`, its number -> its micro-batches,
+of so many tokens at most."""
 
 
 @dataclass
@@ -50,10 +52,12 @@ class Watch:
     callbacks: Callbacks
     signals: Signals
     updater: Updater
+    room: Room
     substeps: int = 0
 
     def after_micro_batch(self, *, last: bool) -> None:
         """After each backward; may raise `Asked`."""
+        self.room.passed += 1
         self.signals.poll()
         told = self.substeps if last else min(1, self.substeps)
         self.substeps -= told
@@ -64,6 +68,7 @@ class Watch:
         """Gradients are summed and clipped."""
         with self.updater.showing_gradients():
             self.callbacks.fire("on_pre_optimizer_step")
+        self.room.committed = True
 
     def after_update(self) -> None:
         """The optimiser has stepped; the schedule has not."""
@@ -83,6 +88,7 @@ class Session:
     loader: Loader
     layout: Layout
     laid_out: str
+    forget: Callable[[], None]
     progress: Progress
     readings: Readings
     watch: Watch
@@ -103,6 +109,11 @@ class Session:
     saved_in: Path | None = None
     saved_bytes: int = 0
     read_at: set[int] = field(default_factory=set)
+
+    @property
+    def room(self) -> Room:
+        """How much of a step runs at a time."""
+        return self.watch.room
 
     @property
     def signals(self) -> Signals:
@@ -160,10 +171,27 @@ class Session:
     def _begin_step(self) -> None:
         self.step_began, self.clock = checkpoint.random_state(), time.perf_counter()
 
-    def lay_out(self, step: StepBatches) -> Sequence[MicroBatch]:
-        """The micro-batches of the step that comes next."""
+    def take(self, step: StepBatches) -> StepResult:
+        """The step that comes next, in parts that memory holds. Where it does not hold them the
+        step begins anew, with the random numbers that it began with.
+
+        Raises:
+            Full: it holds not even the smallest.
+        """
+        number, before = self.position.step, checkpoint.random_state()
         self.watch.substeps = len(step.batches) - 1
-        return self.layout(step.batches, self.position.step)
+
+        def again() -> None:
+            self.engine.abandon()
+            self.forget()
+            checkpoint.set_random_state(before)
+
+        return self.room.held(
+            lambda tokens: self.layout(step.batches, tokens, step=number),
+            lambda parts: self.engine.step(parts, self.watch),
+            step=number + 1,
+            again=again,
+        )
 
     def finish_step(self, result: StepResult, *, of: StepBatches) -> None:
         """Move on by one step, the one `of` these batches."""

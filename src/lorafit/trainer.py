@@ -11,7 +11,7 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,9 @@ from lorafit import compat, parts
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
-from lorafit.engine.objective import Whole
+from lorafit.engine.objective import Objective, Whole
 from lorafit.engine.optim import Reached
+from lorafit.engine.room import Full, Room
 from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
@@ -145,6 +146,8 @@ class Trainer(Hooks):
             self.observers.tell(*run.progress.read())
         except Asked as asked:
             self._interrupted(run, asked)
+        except Full as full:
+            self._out_of_memory(run, full)
         finally:
             self._signals, self._running, self.is_in_train = Signals(), None, False
         return self._finish(run)
@@ -154,8 +157,7 @@ class Trainer(Hooks):
         self._callbacks.fire("on_epoch_begin")
         for step in run.steps(epoch):
             self._callbacks.fire("on_step_begin")
-            result = run.engine.step(run.lay_out(step), run.watch)
-            run.finish_step(result, of=step)
+            run.finish_step(run.take(step), of=step)
             self._callbacks.moved(run.position.step, run.epoch(), seen=run.progress)
             self.observers.tell(*run.progress.overdue())
             self._callbacks.fire("on_step_end")
@@ -290,10 +292,11 @@ class Trainer(Hooks):
             plan=plan,
             engine=engine,
             loader=steps,
-            watch=Watch(self._callbacks, self._signals, engine.updater),
+            watch=Watch(self._callbacks, self._signals, engine.updater, self._room(objective)),
             say=self.observers.say,
             layout=partial(self._packing.lay_out, shifted=objective.shifted),
             laid_out=self._packing.layout,
+            forget=self._packing.forget,
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
             readings=parts.readings(
                 plan,
@@ -312,6 +315,16 @@ class Trainer(Hooks):
             run.readings.notice,
         )
         return run
+
+    def _room(self, objective: Objective) -> Room:
+        """How much of a step runs at a time, where nobody has replaced the step."""
+        own = self._overrides().any_of(*parts.STEPPING)
+        return Room(
+            most=self._packing.tokens,
+            divides=objective.divides and not own,
+            keep_less=partial(self._packing.keep_less, self.model),
+            tell=self.observers.tell,
+        )
 
     def _made_with(self) -> dict[str, Any]:
         """What a checkpoint of this run is made with: see `run/changes.py`."""
@@ -427,6 +440,17 @@ class Trainer(Hooks):
         if asked.number == signal.SIGINT:
             raise KeyboardInterrupt(message) from None
         raise TrainingInterrupted(message.splitlines()) from None
+
+    def _out_of_memory(self, run: Session, full: Full) -> NoReturn:
+        """Save at the last finished step, unless the update was cut short, and raise."""
+        run.abandon_step()
+        self.observers.tell(*run.progress.read())
+        if not full.committed and run.position.step and run.saved_at != run.position.step:
+            self._keep(run, whole=True)
+        self.observers.tell(run.ended_event("out-of-memory"))
+        stopped = f"Training stopped at step {run.position.step} of {run.plan.steps}; "
+        kept = f"{run.saved_in or 'no checkpoint'} is whole and the last."
+        raise full.explained(after=[stopped + kept, f"Resume: {self.resume_command}"]) from full
 
     def _finish(self, run: Session) -> TrainOutput:
         metrics = {**run.metrics(), "total_flos": self.state.total_flos}

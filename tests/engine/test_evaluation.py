@@ -11,12 +11,15 @@ from torch import Tensor, nn
 from lorafit.engine.evaluation import (
     FORWARD,
     SHARE,
+    Evaluation,
+    Predict,
     evaluate,
     measuring,
     plan_readings,
     with_last,
 )
 from lorafit.engine.layout import MicroBatch
+from lorafit.engine.room import Room
 
 COUNTS = st.integers(1, 2000)
 
@@ -59,42 +62,47 @@ def constant(nats: float, count: int) -> MicroBatch:
     return MicroBatch({"labels": torch.tensor([nats / count])}, count, 0, 0)
 
 
+def read(batches: list[MicroBatch], *, predict: Predict) -> Evaluation:
+    room = Room()
+    return evaluate(
+        nn.Linear(1, 1), batches, lay_out=lambda batch, _: [batch], predict=predict, room=room
+    )
+
+
 def predict(batch: MicroBatch) -> tuple[Tensor, None, None]:
     return batch.inputs["labels"], None, None
 
 
 def test_nats_are_summed_in_float64() -> None:
     many = [constant(1e8, 1), *(constant(1.0, 1) for _ in range(1000))]
-    found = evaluate(nn.Linear(1, 1), many, predict=predict)
+    found = read(many, predict=predict)
     assert found.loss is not None and found.loss * 1001 == pytest.approx(1e8 + 1000, rel=1e-12)
     assert (found.supervised, found.examples) == (1001, 1001)
 
 
 def test_batches_weigh_by_their_tokens() -> None:
-    found = evaluate(nn.Linear(1, 1), [constant(9.0, 9), constant(7.0, 1)], predict=predict)
+    found = read([constant(9.0, 9), constant(7.0, 1)], predict=predict)
     assert found.loss == 1.6
 
 
 def test_a_batch_without_supervision_weighs_nothing() -> None:
     empty = MicroBatch({"labels": torch.full((5,), math.nan)}, 0, 0, 0)
-    found = evaluate(nn.Linear(1, 1), [constant(9.0, 9), empty], predict=predict)
+    found = read([constant(9.0, 9), empty], predict=predict)
     assert found.loss == 1.0 and found.examples == 6
-    alone = evaluate(nn.Linear(1, 1), [empty], predict=predict).loss
+    alone = read([empty], predict=predict).loss
     assert alone is not None and math.isnan(alone)
 
 
 def test_a_batch_without_labels_weighs_by_its_rows() -> None:
     many = [MicroBatch({"x": torch.full((n,), float(n))}, 0, 0, 0) for n in (1, 3)]
-    found = evaluate(nn.Linear(1, 1), many, predict=lambda batch: (batch.inputs["x"], None, None))
+    found = read(many, predict=lambda batch: (batch.inputs["x"], None, None))
     assert found.loss == 2.5
 
 
 def test_a_set_without_losses_has_none() -> None:
-    assert evaluate(nn.Linear(1, 1), [], predict=predict).loss is None
+    assert read([], predict=predict).loss is None
     unlabelled = MicroBatch({"x": torch.ones(1)}, 0, 0, 0)
-    assert (
-        evaluate(nn.Linear(1, 1), [unlabelled], predict=lambda _: (None, None, None)).loss is None
-    )
+    assert read([unlabelled], predict=lambda _: (None, None, None)).loss is None
 
 
 def test_the_last_batch_is_known() -> None:

@@ -52,7 +52,7 @@ def engine(*, max_norm: float = 0.0, plateau: bool = False) -> Engine:
     )
     return Engine(
         model,
-        Objective(part, measure, shifted=True),
+        Objective(part, measure, shifted=True, divides=True),
         updater=Updater(optimizer),
         schedule=schedule,
         precision=Precision(CPU),

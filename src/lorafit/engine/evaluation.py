@@ -6,10 +6,11 @@ their share of a run. Knows no files and no optimiser.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from lorafit import compat
 from lorafit.arguments import TrainingArguments
 from lorafit.engine.layout import MicroBatch
+from lorafit.engine.room import Room
+
+T = TypeVar("T")
+
+LayOut = Callable[[Any, int], list[MicroBatch]]
+"""What the collator made, and a number of tokens -> its micro-batches, of so many at most."""
 
 Predict = Callable[[MicroBatch], tuple[Tensor | None, Any, Any]]
 """A micro-batch -> its mean loss, predictions and labels, each None where there is none."""
@@ -40,30 +47,39 @@ class Predicted(NamedTuple):
     loss: Tensor | None
     logits: Any
     labels: Any
-    last: bool
+    last: bool = False
 
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[MicroBatch],
+    batches: Iterable[Any],
     *,
+    lay_out: LayOut,
     predict: Predict,
+    room: Room,
+    step: int = 0,
     keep: Callable[[Predicted], None] | None = None,
 ) -> Evaluation:
     """The mean loss over `batches`, with dropout off and without gradients.
 
-    A batch weighs by its supervised tokens; by its rows, where it has no "labels".
+    A micro-batch weighs by its supervised tokens; by its rows, where it has no "labels".
 
     Args:
+        room: How much runs at a time.
+        step: Where the run stands, for `room`'s events.
         keep: Given what was predicted of each micro-batch, for metrics and predictions.
+
+    Raises:
+        Full: memory does not hold a single row.
     """
     nats: Tensor | float = 0.0
     count = examples = 0
     has_loss = False
     started = time.perf_counter()
+
     with measuring(model):
-        for batch, last in with_last(batches):
-            loss, logits, labels = predict(batch)
+        for predicted in _predicted(batches, lay_out, predict=predict, room=room, step=step):
+            batch, loss = predicted.batch, predicted.loss
             weight = batch.supervised if batch.has_labels else batch.rows
             has_loss |= loss is not None
             if loss is not None and weight:  # without supervision there is no mean to weigh
@@ -71,9 +87,27 @@ def evaluate(
                 count += weight
             examples += batch.rows
             if keep is not None:
-                keep(Predicted(batch, loss, logits, labels, last))
+                keep(predicted)
     mean = float(nats) / count if count else float("nan")
     return Evaluation(mean if has_loss else None, count, examples, time.perf_counter() - started)
+
+
+def _predicted(
+    batches: Iterable[Any], lay_out: LayOut, *, predict: Predict, room: Room, step: int
+) -> Generator[Predicted]:
+    """What is predicted of each micro-batch, in parts as small as memory needs."""
+
+    def run(parts: Sequence[MicroBatch]) -> list[Predicted]:
+        made: list[Predicted] = []
+        for part in parts:
+            made.append(Predicted(part, *predict(part)))
+            room.passed += 1
+        return made
+
+    for batch, last in with_last(batches):
+        made = room.held(partial(lay_out, batch), run, step=step)
+        yield from made[:-1]
+        yield made[-1]._replace(last=last)
 
 
 def exact(loss: Tensor) -> Tensor:
@@ -82,15 +116,13 @@ def exact(loss: Tensor) -> Tensor:
     return loss.detach().mean().to(home, torch.float64)
 
 
-def with_last(batches: Iterable[MicroBatch]) -> Generator[tuple[MicroBatch, bool]]:
+def with_last(batches: Iterable[T]) -> Generator[tuple[T, bool]]:
     """Each batch, and whether it is the last one; reads one batch ahead."""
-    waiting: MicroBatch | None = None
+    waiting: list[T] = []
     for batch in batches:
-        if waiting is not None:
-            yield waiting, False
-        waiting = batch
-    if waiting is not None:
-        yield waiting, True
+        yield from ((before, False) for before in waiting)
+        waiting = [batch]
+    yield from ((batch, True) for batch in waiting)
 
 
 @contextmanager

@@ -102,7 +102,8 @@ class Replaying:
         counters: Counters | None,
     ) -> Tensor:
         """As `Decoder`."""
-        graph = self._graph(documents, counters) if torch.is_grad_enabled() else None
+        records = torch.is_grad_enabled() and self.decoder.recompute != "layer"
+        graph = self._graph(documents, counters) if records else None
         if graph is None:
             return self.decoder(
                 ids_T, positions_T, documents=documents, rows_N=rows_N, counters=counters
@@ -112,10 +113,14 @@ class Replaying:
         assert isinstance(x_TD, Tensor)
         return self.decoder.normed(x_TD, rows_N)
 
+    def forget(self) -> None:
+        """Hand back the memory of what was recorded."""
+        self._signs, self._graphs, self._met, self._pool = (), {}, set(), None
+
     def _graph(self, documents: Documents, counters: Counters | None) -> "_Graph | None":
         trained = [factor for factor in self.decoder.factors() if factor.requires_grad]
         pointers = tuple(tensor.data_ptr() for tensor in trained)
-        signs = (self.decoder.refresh(), counters is None, pointers)
+        signs = (self.decoder.refresh(), counters is None, pointers, self.decoder.recompute)
         if signs != self._signs:  # the model is another: what was recorded is of no use
             self._signs, self._graphs, self._met = signs, {}, set()
             self._sums = Sums(trained)

@@ -6,6 +6,7 @@ their examples end to end in micro-batches of a token budget. Knows neither mode
 """
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -50,6 +51,11 @@ class MicroBatch:
         return self.examples or _rows(self.inputs)
 
     @property
+    def divides(self) -> bool:
+        """Whether it holds several examples that could run apart."""
+        return len(self.documents) > 1 or (not self.documents and _has_rows(self.inputs))
+
+    @property
     def has_labels(self) -> bool:
         """Whether there are labels to be supervised by, be they all masked."""
         return isinstance(self.inputs, Mapping) and not self.inputs.keys().isdisjoint(
@@ -80,7 +86,11 @@ def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def as_given(
-    batches: Iterable[Any], *, shifted: bool, draw: tuple[int, int] | None = None
+    batches: Iterable[Any],
+    *,
+    shifted: bool,
+    draw: tuple[int, int] | None = None,
+    most: int = sys.maxsize,
 ) -> list[MicroBatch]:
     """One micro-batch for each batch that the collator made, in its order.
 
@@ -88,8 +98,11 @@ def as_given(
         batches: Mappings, of tensors for the most part; what else a collator made goes through.
         shifted: Whether token t is predicted from t - 1, so that a row's first label is no target.
         draw: See `packed`.
+        most: Positions of a micro-batch: a batch of more runs in several, by rows, padding and all,
+            if it is rows of tensors.
     """
-    made = [_micro_batch(batch, shifted=shifted) for batch in batches]
+    parts = (part for batch in batches for part in _by_rows(batch, most=most))
+    made = [_micro_batch(part, shifted=shifted) for part in parts]
     if draw is None or not all(is_plain(batch.inputs) for batch in made):
         return made
     firsts = accumulate((_examples(batch) for batch in made), initial=0)
@@ -97,6 +110,26 @@ def as_given(
         replace(batch, drawn=_drawn(batch, first, draw=draw))
         for batch, first in zip(made, firsts, strict=False)
     ]
+
+
+def _by_rows(batch: Any, *, most: int) -> Iterator[Any]:
+    """`batch` in parts of at most `most` positions, a row at least."""
+    width = batch["input_ids"].shape[-1] if most < sys.maxsize and _has_rows(batch) else 0
+    size = max(1, most // width) if width else 0
+    if not size or size >= _rows(batch):
+        yield batch
+        return
+    for first in range(0, _rows(batch), size):
+        yield {name: tensor[first : first + size] for name, tensor in batch.items()}
+
+
+def _has_rows(batch: Any) -> bool:
+    """Whether `batch` is tensors of several rows each, ids [B, T] among them."""
+    if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return False
+    rows = _rows(batch)
+    apart = all(isinstance(t, Tensor) and t.ndim and len(t) == rows for t in batch.values())
+    return apart and rows > 1 and batch["input_ids"].ndim == 2
 
 
 def _drawn(batch: MicroBatch, first: int, *, draw: tuple[int, int]) -> tuple[Tensor, Tensor]:

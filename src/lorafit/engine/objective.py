@@ -48,11 +48,12 @@ class Part(Protocol):
 @dataclass(frozen=True)
 class Objective:
     """`part` for training; `measure` for evaluation, without a graph. `shifted`: token t is
-    predicted from t - 1."""
+    predicted from t - 1. `divides`: parts add up to the same loss however rows are divided."""
 
     part: Part
     measure: Callable[[nn.Module, MicroBatch], Measured]
     shifted: bool
+    divides: bool
 
 
 def summed(precision: Precision, *, smoothing: float = 0.0) -> Objective:
@@ -79,7 +80,7 @@ def summed(precision: Precision, *, smoothing: float = 0.0) -> Objective:
         nats = summed_nats(outputs["logits"], labels)
         return Measured(nats / max(batch.supervised, 1), outputs)
 
-    return Objective(part, measure, shifted=True)
+    return Objective(part, measure, shifted=True, divides=True)
 
 
 def by_documents(runner: Runner | None, otherwise: Objective, *, drawn: Drawn) -> Objective:
@@ -115,7 +116,7 @@ def by_documents(runner: Runner | None, otherwise: Objective, *, drawn: Drawn) -
         nats_N = runner.each(states(batch), batch.inputs["targets"])
         return Measured(nats_N.sum(dtype=_wide(nats_N)) / max(batch.supervised, 1))
 
-    return Objective(part, measure, otherwise.shifted)
+    return Objective(part, measure, otherwise.shifted, otherwise.divides)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -167,7 +168,7 @@ def own(
         with precision.forwards(model):
             return Measured(*compute_loss(model, batch.inputs, count=count, outputs=True))
 
-    return Objective(part, measure, shifted)
+    return Objective(part, measure, shifted, divides=False)
 
 
 class LossFunction(Protocol):

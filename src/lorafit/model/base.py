@@ -6,6 +6,7 @@ knows only that `unwrap` looks beneath one.
 
 import inspect
 import json
+import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -196,7 +197,7 @@ def causal_loss_matches(model: nn.Module, device: torch.device) -> bool:
         with undisturbed(model):
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
         ours = summed_nats(out["logits"], labels) / supervised_tokens(labels, shifted=True)
-        return bool(torch.isclose(out["loss"].float(), ours, rtol=1e-4, atol=0))
+        return math.isclose(float(out["loss"]), float(ours), rel_tol=1e-4)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return False
 
@@ -317,6 +318,16 @@ def enable_recompute(model: nn.Module, settings: Mapping[str, Any] | None = None
     # checkpoints need; without it the first layer computes no gradient of its input.
     if not options["use_reentrant"] and isinstance(base, PreTrainedModel):
         base.disable_input_require_grads()
+
+
+def recompute_more(model: nn.Module) -> str:
+    """Let the model's layers keep nothing from now on, if they can; "layer", or empty if they
+    cannot or do so already."""
+    if recomputes(model):
+        return ""
+    with suppress(ModelError):
+        enable_recompute(model)
+    return "layer" if recomputes(model) else ""
 
 
 @contextmanager

@@ -40,6 +40,10 @@ class States(Protocol):
     ) -> Tensor: ...
 
 
+def _nothing() -> None:
+    """What a model's own forward holds."""
+
+
 @dataclass(frozen=True)
 class Runner:
     """How a model is run on documents.
@@ -50,6 +54,8 @@ class Runner:
         each: The same for each target, without one: [N].
         fused: Whether the kernels run the layers.
         said: A line about the choice and its proof.
+        keep_less: Makes backward keep less from now on; its name, empty where nothing is left.
+        forget: Hands back what is held between micro-batches.
     """
 
     states: States
@@ -57,6 +63,16 @@ class Runner:
     each: Callable[[Tensor, Tensor], Tensor]
     fused: bool
     said: str
+    keep_less: Callable[[], str] = str
+    forget: Callable[[], None] = _nothing
+
+
+class Faster(States, Protocol):
+    """Runs a decoder, and holds something for it."""
+
+    def forget(self) -> None:
+        """Hand back what is held between micro-batches."""
+        ...
 
 
 class Leaks(Exception):
@@ -71,7 +87,7 @@ def runner(
     drawn: Drawn,
     recompute: str = "none",
     smoothing: float = 0.0,
-    faster: Callable[[Decoder], States] | None = None,
+    faster: Callable[[Decoder], Faster] | None = None,
 ) -> Runner:
     """The fastest way to run `model` that is proven.
 
@@ -94,8 +110,11 @@ def runner(
         fused = Decoder(model, dtype, recompute=recompute)
         error = prove(model, fused, logits=head.logits, autocast=autocast)
         said = f"layers run fused: largest error of a logit {error:.1e} of the largest"
-        states = _Either(faster(fused) if faster else fused, own)
-        return Runner(states, head.nats, head.each, fused=True, said=said)
+        quick = faster(fused) if faster else fused
+        return Runner(
+            _Either(quick, own), head.nats, head.each, fused=True, said=said,
+            keep_less=fused.keep_less, forget=quick.forget,
+        )  # fmt: skip
     except (Unfit, Leaks) as unfit:
         why = str(unfit)
     error = prove(model, own, logits=head.logits, autocast=autocast)

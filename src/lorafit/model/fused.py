@@ -127,6 +127,15 @@ class Decoder:
                 x_TD = self._run(layer, around, x_TD, *factors)
         return x_TD
 
+    def keep_less(self) -> str:
+        """Make the next more of `RECOMPUTE` again from now on; its name, empty after the last."""
+        further = RECOMPUTE[RECOMPUTE.index(self.recompute) + 1 :]
+        self.recompute = further[0] if further else self.recompute
+        return further[0] if further else ""
+
+    def forget(self) -> None:
+        """Hand back what is held between micro-batches: nothing here."""
+
     def factors(self) -> list[Tensor]:
         """Every A and B that the layers read, in their order."""
         return [f for layer in self._layers for f in layer.factors() if f is not None]

@@ -24,6 +24,7 @@ from lorafit.events import (
     Event,
     Logged,
     Notice,
+    OutOfMemory,
     RunEnded,
     RunStarted,
     Saved,
@@ -173,6 +174,15 @@ def line(event: Event) -> str:
             return (
                 f"step {event.step:>6}  NOT APPLIED: loss {event.loss}, gradient norm "
                 f"{event.gradient_norm}; examples {list(event.examples)}"
+            )
+        case OutOfMemory():
+            now = f"keeping less ({event.recompute})" if event.recompute else (
+                f"{event.budget:,} tokens at a time"
+            )  # fmt: skip
+            return (
+                f"step {event.step:>6}  OUT OF MEMORY at {event.tokens:,} tokens of "
+                f"{event.rows} examples in one {event.doing}; the same again with {now}: "
+                f"{event.message}"
             )
         case Evaluated():
             return (
