@@ -25,7 +25,7 @@ PACKAGE = ROOT / "src" / "lorafit"
 # docs/decisions/0009-proof-and-watch.md
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 15_000, 22_500
 ROOM_CODE = {  # "" is the files at the top, together
-    "": 3_900,
+    "": 4_300,
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
     "model": 2_150,
     "kernels": 1_200,
@@ -134,7 +134,7 @@ DYNAMIC_FUNCTIONS = {
     "hooks.py": 1,
     "arguments.py": 1,  # docs/decisions/0001-rooms.md: old names must be understood when given
     "panel.py": 1,  # the constructor itself
-    "cli.py": 3,  # the options of three panels in two verbs, and the wrapper that passes them on
+    "cli.py": 4,  # the options of three panels in three verbs, and the wrapper that passes them on
 }
 HEAVY = {"torch", "transformers", "peft", "datasets", "numpy"}
 

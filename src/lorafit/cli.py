@@ -171,6 +171,34 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+@_with_options
+@_exits
+def practice(
+    settings: Annotated[
+        Path | None, typer.Argument(help="A YAML file of arguments; flags win over it.")
+    ] = None,
+    *,
+    promote: Annotated[
+        bool, typer.Option("--promote", help="Start the full run if nothing speaks against it.")
+    ] = False,
+    **given: Any,
+) -> None:
+    """Try the whole path on a few hundred rows: lorafit practice --model FOLDER_OR_ID --data FILE
+
+    Exits with 0 only if the full run should be started."""
+    flags = {name: value for name, value in given.items() if value is not None}
+    resolved = config.load(settings, flags)
+    from lorafit import job
+
+    prepared = job.prepare(resolved)
+    if not prepared.practise().go:
+        raise typer.Exit(1)
+    if promote:
+        prepared.trainer.resume_command = _resume_command()
+        prepared.run()
+
+
 def _resume_command() -> str:
     words = [word for word in sys.argv[1:] if not word.startswith("--resume-from-checkpoint")]
     words = [word for word in words if word not in ("--overwrite", "--accept")]

@@ -4,29 +4,39 @@ Everything that can be wrong in a user's settings, files and folders is found he
 is written. Knows the order of the rooms, not what happens inside them.
 """
 
+import subprocess
+import sys
+import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from lorafit import compat, review
-from lorafit.config import Settings, dump
+import psutil
+from torch import Tensor
+
+from lorafit import compat, rehearsal, review
+from lorafit.config import Settings, dump, load
 from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
 from lorafit.errors import ConfigError
-from lorafit.events import Event, RunStarted
+from lorafit.events import Event, RunEnded, RunStarted
 from lorafit.model import adapters, base
+from lorafit.rehearsal import Helpers
 from lorafit.run import store
+from lorafit.run.practice import PRACTICE, Finding, Practice, forecast_kept
 from lorafit.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trainer, and lines for a person about what was learnt on the way to it."""
+    """A trainer, and lines for a person about what was learnt on the way to it; `found` is what the
+    data's report says, for a practice run."""
 
     trainer: Trainer
     settings: Settings
     notes: tuple[str, ...]
+    found: tuple[Finding, ...]
 
     def run(self) -> Path:
         """Train, with config.yaml beside the journal, and save the final adapter; its folder."""
@@ -35,11 +45,47 @@ class Job:
         with self.trainer.holding_output():
             if arguments.overwrite:
                 store.clear_run(folder)
-            self.trainer.observers.append(self._keep_settings)
+            self.trainer.observers += [self._keep_settings, self._hold_to_forecast]
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))
         return folder
+
+    def practise(self) -> Practice:
+        """Try it all on a few hundred rows; interrupted in another process, and loaded again over
+        a second copy of the base where memory allows."""
+        self.trainer.observers.say(*self.notes)
+        return self.trainer.practice(Helpers(self._killed, self._reloaded, self.found))
+
+    def _killed(self, checkpoint: Path, folder: Path, *, steps: int) -> bool:
+        """Let a process go on from `checkpoint` in `folder`, and kill it once it has saved."""
+        file = folder.parent / "settings.yaml"
+        store.write_whole(file, dump(self.settings).encode())
+        words = [sys.executable, "-m", __name__, *map(str, (file, checkpoint, folder, steps))]
+        with (folder.parent / "child.log").open("wb") as log:
+            child = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+            try:
+                while child.poll() is None and not store.checkpoints(folder):
+                    time.sleep(0.05)
+            finally:
+                child.kill()
+                child.wait()
+        return bool(store.checkpoints(folder))
+
+    def _reloaded(self, folder: Path, ids: Tensor) -> Tensor | None:
+        """The logits of `ids` over a fresh copy of the base; None where memory holds no other."""
+        needed = sum(p.numel() * p.element_size() for p in self.trainer.model.parameters())
+        if psutil.virtual_memory().available < 1.5 * needed:
+            return None
+        tuned = adapters.load_tuned(folder)
+        return base.logits_of(base.place(tuned.model, self.settings.training.device), ids)
+
+    def _hold_to_forecast(self, event: Event) -> None:
+        """Say how the practice run's forecast compares with what the whole run took."""
+        file = Path(self.settings.training.output_dir) / PRACTICE
+        if isinstance(event, RunEnded) and event.reason == "finished" and file.is_file():
+            said = forecast_kept(file.read_text(encoding="utf-8"), event.seconds)
+            self.trainer.observers.say(said)
 
     def _keep_settings(self, event: Event) -> None:
         """Once it is sure that they are run: a run that is not resumed leaves all as it was."""
@@ -81,7 +127,8 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
         "data": {"sources": list(report.sources), "sha256": data.fingerprint},
         "lorafit": version("lorafit"),
     }
-    return Job(trainer, settings, (*report.summary(), *settings.notices))
+    found = tuple(Finding("data", "note", harm) for harm in report.harms)
+    return Job(trainer, settings, (*report.summary(), *settings.notices), found)
 
 
 def _check_evaluation(data: Sets, settings: Settings) -> None:
@@ -104,3 +151,14 @@ def check_folder(settings: Settings) -> None:
     store.check_writable(folder)
     if not (settings.training.overwrite or settings.training.resume_from_checkpoint):
         store.check_free(folder)
+
+
+def be_killed(*words: str) -> None:
+    """The process that `Job.practise` starts and kills."""
+    file, checkpoint, folder, steps = words
+    prepared = prepare(load(Path(file), {}))
+    rehearsal.go_on_from(prepared.trainer, Path(checkpoint), folder=Path(folder), steps=int(steps))
+
+
+if __name__ == "__main__":
+    be_killed(*sys.argv[1:])

@@ -78,6 +78,25 @@ def plan(arguments: TrainingArguments, training: loader.Loader, *, done: Positio
     return Plan(steps, math.ceil(passes), per_epoch, batches)
 
 
+def disk(arguments: TrainingArguments, plan: Plan, *, left: int, each: int) -> int:
+    """Bytes of the checkpoints that a run keeps at most, `left` steps before its end.
+
+    Args:
+        each: Bytes of one.
+    """
+    limit = arguments.save_total_limit
+    match arguments.save_strategy:
+        case "no":
+            planned = 1  # where it is interrupted
+        case "steps" if arguments.save_steps >= 1:
+            planned = math.ceil(left / arguments.save_steps)
+        case "steps":
+            planned = math.ceil(left / (arguments.save_steps * plan.steps))
+        case _:
+            planned = math.ceil(left / (plan.steps_per_epoch or left or 1))
+    return (min(planned, limit + 1) if limit else planned) * each
+
+
 def _endless() -> ConfigError:
     return ConfigError(
         "The training set is a stream: it has no length, and max_steps is not set.",

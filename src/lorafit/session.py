@@ -4,7 +4,6 @@ Owns position and random state, and what happens inside a step besides arithmeti
 the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lorafit import parts
 from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader, StepBatches, rows_of
 from lorafit.engine.evaluation import Readings
@@ -281,19 +281,9 @@ class Session:
 
     def bytes_to_come(self) -> int:
         """What this run will take on the disk at most: its checkpoints, and the final adapter."""
-        arguments = self.arguments
-        left, limit = self.plan.steps - self.position.step, arguments.save_total_limit
-        match arguments.save_strategy:
-            case "no":
-                planned = 1  # where it is interrupted
-            case "steps" if arguments.save_steps >= 1:
-                planned = math.ceil(left / arguments.save_steps)
-            case "steps":
-                planned = math.ceil(left / (arguments.save_steps * self.plan.steps))
-            case _:
-                planned = math.ceil(left / (self.plan.steps_per_epoch or left or 1))
-        held = min(planned, limit + 1) if limit else planned
-        return held * self.checkpoint_bytes + adapters.saved_bytes(self.engine.model)
+        left, each = self.plan.steps - self.position.step, self.checkpoint_bytes
+        checkpoints = parts.disk(self.arguments, self.plan, left=left, each=each)
+        return checkpoints + adapters.saved_bytes(self.engine.model)
 
     def save(self, folder: Path, write_files: Callable[[Path], None], *, whole: bool) -> int:
         """Write a checkpoint to `folder`, with what resuming needs if `whole`; its bytes."""

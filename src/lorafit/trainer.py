@@ -31,11 +31,14 @@ from lorafit.model import adapters, base, identity
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
+from lorafit.rehearsal import ALONE, Helpers, rehearse
 from lorafit.run import changes, checkpoint, circumstances, journal, store
 from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
+from lorafit.run.console import show_practice
 from lorafit.run.journal import Journal
 from lorafit.run.observers import evaluated, watching_gradients
+from lorafit.run.practice import PRACTICE, Practice
 from lorafit.run.progress import Ended, Progress
 from lorafit.run.signals import Asked, Signals, listening
 from lorafit.session import Session, Watch
@@ -92,6 +95,27 @@ class Trainer(Hooks):
                 return self._train(resume_from_checkpoint, keys=ignore_keys_for_eval)
             finally:
                 self._signals, self._running, self.is_in_train = Signals(), None, False
+
+    def practice(self, helpers: Helpers = ALONE) -> Practice:
+        """Try the whole path on a few hundred rows, and say whether to start the full run: see
+        `run.practice`. Model, optimiser and random state are as before afterwards.
+
+        Args:
+            helpers: What the command line adds: another process, a second copy of the base.
+
+        Returns:
+            The findings; `go` is False where one of them says to change something first. They are
+            shown, and written to practice.json in `output_dir`.
+
+        Raises:
+            ConfigError: the training set cannot be counted.
+            KeyboardInterrupt, TrainingInterrupted: as `train`; nothing of a practice run is kept.
+        """
+        with self.holding_output():
+            found = rehearse(self, helpers)
+            store.write_json(Path(self._settings.output_dir) / PRACTICE, found.as_dict())
+        show_practice(found)
+        return found
 
     def _train(self, wanted: bool | str | None, *, keys: list[str] | None) -> TrainOutput:
         arguments = self._checked_settings()

@@ -114,7 +114,7 @@ def generate(
         for start in range(0, len(order), BATCH):
             batch = order[start : start + BATCH]
             within = [rows[index] for index in batch]
-            grown = _continue(model, within, stops=stops, sampling=sampling)
+            grown = go_on(model, within, stops=stops, sampling=sampling)
             for index, new in zip(batch, grown, strict=True):
                 answers[index] = _answer(tokenizer, new, stops=stops)
     return [answers[index] for index in range(len(rows))]
@@ -132,10 +132,10 @@ def _check_room(rows: Sequence[Sequence[int]], context: int | None) -> None:
             )
 
 
-def _continue(
+def go_on(
     model: Any, rows: Sequence[Sequence[int]], *, stops: Sequence[int], sampling: Sampling
 ) -> list[list[int]]:
-    """The new ids of each row, whatever follows its stop id included."""
+    """The new ids of each row of ids, whatever follows its stop id included."""
     width = max(map(len, rows))
     ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows])
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])

@@ -222,6 +222,23 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+    """The ids at which the model's generation stops, else the tokenizer's end of text."""
+    config = getattr(unwrap(model), "generation_config", None)
+    named = getattr(config, "eos_token_id", None)
+    named = getattr(tokenizer, "eos_token_id", None) if named is None else named
+    return list(named) if isinstance(named, Sequence) else [] if named is None else [named]
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids_T: Tensor) -> Tensor:
+    """What `model` makes of one row without padding, dropout off: [T, V], float32, on the CPU."""
+    inputs_BT = ids_T[None].to(unwrap(model).get_input_embeddings().weight.device)
+    with undisturbed(model):
+        made = model(input_ids=inputs_BT, attention_mask=torch.ones_like(inputs_BT))
+    return made["logits"][0].float().cpu()
+
+
 def weights_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the base was loaded in."""
     return unwrap(model).get_input_embeddings().weight.dtype

@@ -31,6 +31,7 @@ from lorafit.events import (
     StepEnd,
     StepSkipped,
 )
+from lorafit.run.practice import Practice
 
 
 @contextmanager
@@ -82,6 +83,30 @@ def show_report(terminal: Terminal, report: Audit, *, notices: Sequence[str] = (
         terminal.print(f"WOULD HURT: {shown(harm)}", markup=False, style="bold red")
     if not report.harms:
         terminal.print("Nothing was found that would hurt.", style="bold green")
+
+
+_COLOURS = {"good": "green", "note": "yellow", "stop": "bold red"}
+
+
+def show_practice(found: Practice, terminal: Terminal | None = None) -> None:
+    """The practice run as a page: what was found, the forecast, the verdict."""
+    terminal = terminal or Terminal(highlight=False, emoji=False, soft_wrap=True)
+    colour = terminal.color_system is not None
+    terminal.print(f"\nPractice: {'; '.join(found.facts)}", markup=False)
+    if found.pieces:
+        terminal.print("One example; what is learned is marked:", markup=False)
+        terminal.print(marked(found.pieces, colour=colour))
+    for finding in found.findings:
+        terminal.print(
+            f"{finding.mark:>4}  {finding.title}: ", style=_COLOURS[finding.mark], end=""
+        )
+        terminal.print(shown(finding.said), markup=False)
+        if finding.advice:
+            terminal.print(f"      {shown(finding.advice)}", markup=False)
+    terminal.print(
+        f"full run: {found.time}, {found.disk / 1e6:,.0f} MB on the disk at most", markup=False
+    )
+    terminal.print(found.verdict, style="bold green" if found.go else "bold red", markup=False)
 
 
 def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:

@@ -1,0 +1,182 @@
+"""A practice run finds what was planted, leaves all as it was, and its numbers are the run's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lorafit
+from lorafit import rehearsal
+from lorafit.data.collate import PadCollator
+from lorafit.errors import ConfigError
+from lorafit.events import StepEnd
+from lorafit.run import practice
+from lorafit.run.practice import Finding, Practice, change, forecast
+from tests.tiny import adapter, arguments, events_of, llama, plain, same
+
+END = 2
+
+
+def answered(count: int) -> list[dict[str, list[int]]]:
+    """Rows whose answers end with the tiny model's end of text."""
+    made = []
+    for row in plain(count):
+        ids, labels = [*row["input_ids"], END], [*row["labels"], END]
+        made.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
+    return made
+
+
+def made(folder: Path, *, model: Any = None, rows: Any = None, **given: Any) -> lorafit.Trainer:
+    values = {"layout": "packed", "num_train_epochs": 3, "learning_rate": 2e-2} | given
+    return lorafit.Trainer(
+        model=llama() if model is None else model,
+        args=arguments(folder, **values),
+        data_collator=PadCollator(0),
+        train_dataset=answered(24) if rows is None else rows,
+        eval_dataset=answered(40)[24:] if rows is None else rows,
+    )
+
+
+def marks(found: Practice) -> dict[str, str]:
+    return {finding.title: finding.mark for finding in found.findings}
+
+
+def finding(found: Practice, title: str) -> Finding:
+    return next(each for each in found.findings if each.title == title)
+
+
+def test_a_good_run_may_start_and_nothing_is_left_of_its_practice(tmp_path: Path) -> None:
+    plainly = made(tmp_path / "plain")
+    plainly.train()
+    trainer = made(tmp_path / "practised")
+    before = adapter(trainer)
+    found = trainer.practice()
+    assert found.go, found.findings
+    assert {"labels", "loss", "gradients", "accumulation", "resuming", "loading"} <= {*marks(found)}
+    assert "the same, bit for bit" in finding(found, "resuming").said
+    assert "differ by 0.0e+00" in finding(found, "loading").said
+    assert same(before, adapter(trainer))
+    written = tmp_path / "practised"
+    assert sorted(path.name for path in written.iterdir() if path.suffix != ".lock") == [
+        "practice.json"
+    ]
+    assert json.loads((written / "practice.json").read_text())["go"] is True
+    trainer.train()
+    assert same(adapter(plainly), adapter(trainer)), "practice moved the random state"
+
+
+def test_its_steps_are_those_that_the_run_would_take(tmp_path: Path) -> None:
+    trainer = made(tmp_path, lr_scheduler_type="constant")
+    found = trainer.practice()
+    with events_of(trainer) as told:
+        trainer.train()
+    curve = [event.loss for event in told if isinstance(event, StepEnd)]
+    assert found.curve == pytest.approx(curve[: len(found.curve)], rel=1e-6)
+
+
+def unlearned(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    return row | {"labels": [-100] * len(row["labels"])}
+
+
+def endless(row: dict[str, list[int]]) -> dict[str, list[int]]:
+    return row | {"labels": [*row["labels"][:-1], -100]}
+
+
+def deaf() -> nn.Module:
+    """A Llama with an adapter on a layer that its forward leaves out."""
+    base = llama().unload()
+    base.model.layers[0].unused = nn.Linear(16, 16)
+    config = LoraConfig(r=4, target_modules=["q_proj", "unused"], task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
+PLANTED: dict[str, tuple[dict[str, Any], str]] = {
+    "masked labels": ({"rows": [unlearned(row) for row in answered(24)]}, "labels"),
+    "a rate that diverges": ({"learning_rate": 50.0, "max_grad_norm": 0.0}, "loss"),
+    "an end never learned": ({"rows": [endless(row) for row in answered(24)]}, "stopping"),
+    "an adapter out of reach": ({"model": deaf}, "gradients"),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
+    given, title = PLANTED[name]
+    made_of = {key: value() if callable(value) else value for key, value in given.items()}
+    found = made(tmp_path, **made_of).practice()
+    stops = [each for each in found.findings if each.mark == "stop"]
+    assert not found.go and title in {each.title for each in stops}, found.findings
+    assert all(each.advice for each in stops), "whoever is stopped is told what to do"
+    assert title in found.verdict
+
+
+def test_a_stream_cannot_be_practised_on(tmp_path: Path) -> None:
+    class Stream(torch.utils.data.IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(answered(4))
+
+    with pytest.raises(ConfigError, match="can be counted"):
+        made(tmp_path, rows=Stream(), max_steps=2, eval_strategy="no").practice()
+
+
+def test_a_module_without_tokens_to_generate_is_practised_on_too(tmp_path: Path) -> None:
+    """Without a tokenizer there is no text, and no more than that."""
+    found = made(tmp_path).practice()
+    assert found.pieces == () and finding(found, "stopping").mark in ("good", "note")
+
+
+def test_it_keeps_to_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = made(tmp_path, num_train_epochs=20)
+    monkeypatch.setattr(rehearsal, "SECONDS", 0.0)
+    monkeypatch.setattr(rehearsal, "SHARE", 0.0)
+    assert len(trainer.practice().curve) == rehearsal.LEAST_STEPS
+
+
+# ---- judgement
+
+
+def test_change_has_the_error_of_a_ratio() -> None:
+    """Against a bootstrap over rows."""
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(5, 60, (400,), generator=draw)
+    before = counts * 3 + torch.randn(400, generator=draw) * counts.sqrt()
+    after = before - counts * 0.05 + torch.randn(400, generator=draw) * counts.sqrt() * 0.5
+    found = change(before.tolist(), after.tolist(), supervised=counts.tolist())
+    picks = torch.randint(400, (4000, 400), generator=draw)
+    drawn = ((after - before)[picks].sum(1) / counts[picks].sum(1)).std()
+    assert found.error == pytest.approx(float(drawn), rel=0.05)
+    assert found.fell and not found.rose
+
+
+def test_no_change_is_not_taken_for_one() -> None:
+    draw = torch.Generator().manual_seed(1)
+    wrong = 0
+    for _ in range(400):
+        before = torch.randn(50, generator=draw) + 10
+        after = before + torch.randn(50, generator=draw)
+        found = change(before.tolist(), after.tolist(), supervised=[10] * 50)
+        wrong += found.fell or found.rose
+    assert wrong / 400 < 0.08, "two standard errors: about one in twenty"
+
+
+def test_a_forecast_covers_what_comes() -> None:
+    """Of runs of 200 steps whose first 20 were practised, nineteen in twenty."""
+    draw = torch.Generator().manual_seed(2)
+    covered = 0
+    for _ in range(300):
+        tokens = (1000 + 200 * torch.randn(200, generator=draw)).clamp(min=100)
+        seconds = tokens * 1e-3 * (1 + 0.1 * torch.randn(200, generator=draw))
+        steps = list(zip(map(int, tokens[:20].tolist()), seconds[:20].tolist(), strict=True))
+        expected = forecast(steps, steps_to_come=200, besides=0.0)
+        covered += expected.low <= float(seconds.sum()) <= expected.high
+    assert 0.9 < covered / 300 <= 1.0
+
+
+def test_a_forecast_is_held_against_the_run() -> None:
+    written = json.dumps({"time": {"seconds": 100.0, "low": 90.0, "high": 110.0}})
+    assert practice.forecast_kept(written, 95.0).endswith("it took 1.6 min, as forecast.")
+    assert "outside" in practice.forecast_kept(written, 200.0)
+    assert practice.forecast_kept("{}", 1.0) == practice.forecast_kept("[", 1.0) == ""
