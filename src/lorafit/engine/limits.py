@@ -81,7 +81,8 @@ def multiplies_bf16(device: str, gpu: "Gpu | None" = None) -> bool:
 
 
 def _of_process() -> Iterator[Limit]:
-    own = resident()
+    held = psutil.Process().memory_info()
+    own = held.rss
     yield Limit(psutil.virtual_memory().available + own, "the machine's free memory")
     with suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
@@ -95,7 +96,8 @@ def _of_process() -> Iterator[Limit]:
 
         most = resource.getrlimit(resource.RLIMIT_AS)[0]
         if most != resource.RLIM_INFINITY:
-            yield Limit(most, "the limit on address space (ulimit -v)")
+            unused = held.vms - own  # addresses that hold nothing count there
+            yield Limit(max(0, most - unused), "the limit on address space (ulimit -v)")
 
 
 def cgroup_folders(groups: str, mounts: str) -> list[Path]:
