@@ -239,3 +239,41 @@ def test_check_needs_no_torch(tiny_llama: Path, rows: Path, tmp_path: Path) -> N
     )
     assert done.stdout.splitlines()[-2:] == ["Nothing was found that would hurt.", "[]"]
     assert done.returncode == 0 and not done.stderr
+
+
+CONFIG = {
+    "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+    "num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_plan_needs_a_configuration_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    told = invoke("plan", "--model", tmp_path, "--memory-limit", "8GB", "--device", "cpu")
+    assert told.exit_code == 0, told.output
+    assert "134.5 million numbers" in told.output and "of 8.00 GB (memory_limit=8GB)" in told.output
+    asked = ("plan", "--model", tmp_path, "--device", "cuda", "--memory-limit", "24GB", "--json")
+    report = json.loads(invoke(*asked).stdout)
+    assert report["plan"]["tokens"] == 16384 and report["products"] == "bfloat16"
+    assert report["fits"] and report["levels"][0]["longest"] > 16384
+    long = invoke(*asked[:-1], "--max-length", "2000000")
+    assert long.exit_code == 2 and "--max-length" in long.output and "2,000,000" in long.output
+
+
+@pytest.mark.parametrize("limit", ["-1", "0", "lots", "120%"])
+def test_nonsense_limits_are_refused_at_once(limit: str, tmp_path: Path) -> None:
+    done = invoke("plan", "--model", tmp_path, "--memory-limit", limit)
+    assert done.exit_code == 2 and f"memory_limit='{limit}'" in done.output
+
+
+def test_plan_loads_nothing_heavy(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    words = ["lorafit", "plan", "--model", str(tmp_path), "--bf16"]
+    code = (
+        f"import sys; sys.argv = {words}; from lorafit import cli\n"
+        "try: cli.main()\nfinally: print([name for name in ('torch', 'transformers', 'peft', "
+        "'datasets', 'numpy', 'huggingface_hub') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "[]", done.stderr

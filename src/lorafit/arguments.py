@@ -169,7 +169,7 @@ class TrainingArguments(Panel):
         "never what it learns.", choices=("packed", "as_given"),
     )  # fmt: skip
     token_budget: int | None = _length(
-        None, "Tokens laid end to end at a time; none: 1024 on a CPU, what fits on a GPU.",
+        None, "Tokens laid end to end at a time; none: what fits, 1024 at most on a CPU.",
         unit="tokens", span=FROM_1,
     )  # fmt: skip
     max_nonfinite_steps: int = _length(
@@ -216,9 +216,14 @@ class TrainingArguments(Panel):
     gradient_checkpointing_kwargs: dict[str, Any] | str | None = _speed(
         None, 'More for torch.utils.checkpoint, such as {"use_reentrant": false}.'
     )
+    memory_limit: str | int | None = _speed(
+        None,
+        "Memory that the run may take, such as 8GB or a share with a per cent sign, of the "
+        "GPU where it trains there; none: what container and machine leave.",
+    )
     recompute: str = _speed(
         "auto", "What backward makes again of fused layers, to keep less: nothing, gate and up, "
-        "also q, k and v, or all; auto: nothing, or all with gradient_checkpointing.",
+        "also q, k and v, or all; auto: nothing if that fits, or all with gradient_checkpointing.",
         choices=("auto", "none", "mlp", "half", "layer"),
     )  # fmt: skip
     torch_compile: bool = _speed(False, "Compile the model with torch.compile.")

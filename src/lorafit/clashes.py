@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from types import NoneType
 from typing import Any
 
+from lorafit import amounts
+
 
 def clashes(values: Mapping[str, Any]) -> list[str]:
     """A line for each rule that the training values break; empty if they can be run."""
@@ -25,6 +27,9 @@ def _general(v: Mapping[str, Any]) -> Iterator[str]:
         yield "num_train_epochs is 0 and max_steps is not set: nothing would be trained."
     if _broken(v["warmup_steps"]):
         yield f"warmup_steps={v['warmup_steps']!r} is above 1 and not whole."
+    wrong = "" if v["memory_limit"] is None else amounts.complaint(v["memory_limit"])
+    if wrong:
+        yield f"memory_limit={v['memory_limit']!r:.80} {wrong}."
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers"):
         if v[name] and not v["dataloader_num_workers"]:
             yield f"{name} needs dataloader_num_workers above 0."

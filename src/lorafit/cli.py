@@ -21,7 +21,7 @@ from rich.console import Console as Terminal
 
 from lorafit import config
 from lorafit.arguments import PANELS, PYTHON_ONLY
-from lorafit.errors import LorafitError, TrainingInterrupted, UsageError, shown
+from lorafit.errors import ConfigError, LorafitError, TrainingInterrupted, UsageError, shown
 from lorafit.panel import Knob
 from lorafit.run.signals import leave
 
@@ -260,3 +260,31 @@ def demo(
     from lorafit import demo as tour
 
     tour.run(output_dir, overwrite=overwrite)
+
+
+@app.command()
+@_with_options
+@_exits
+def plan(
+    settings: Annotated[
+        Path | None, typer.Argument(help="A YAML file of arguments; flags win over it.")
+    ] = None,
+    *,
+    device: Annotated[str, typer.Option(help="cpu or cuda; empty: where training would run.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="The plan for machines.")] = False,
+    **given: Any,
+) -> None:
+    """The memory a run would take, from config.json alone: lorafit plan --model FOLDER_OR_ID
+
+    Exits with 2 where nothing fits."""
+    if device not in ("", "cpu", "cuda"):
+        raise ConfigError(f"--device {device} is not one of cpu, cuda.")
+    # no example is read, and the panel of data asks for a name
+    flags = {"data": "-", **{name: value for name, value in given.items() if value is not None}}
+    resolved = config.load(settings, flags)
+    from lorafit import forecast
+
+    made = forecast.make(resolved, device)
+    terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
+    told = [json.dumps(made.as_dict(), indent=2)] if as_json else made.lines()
+    terminal.print("\n".join(told), markup=False)

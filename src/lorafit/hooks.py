@@ -199,7 +199,8 @@ class Hooks(Face):
     def _objective(self) -> Objective:
         """The loss of this model, found out once, and again where another takes its place."""
         arguments, own = self._settings, vars(self).get("compute_loss")
-        asked = (arguments.label_smoothing_factor, arguments.layout, arguments.token_budget)
+        names = ("label_smoothing_factor", "layout", "token_budget", "recompute", "memory_limit")
+        asked = tuple(vars(arguments)[name] for name in names)
         made_for = (self.model, self.compute_loss_func, own, self.data_collator, *asked)
         if self._objective_of is None or self._objective_of[0] != made_for:
             self._objective_of = made_for, self._make_objective()
@@ -235,8 +236,7 @@ class Hooks(Face):
             self.model,
             arguments=self._settings,
             precision=self._precision,
-            collator=self.data_collator,
-            first=self._first_row,
+            rows=packing.Rows(self.data_collator, self._first_row, self.train_dataset),
             plain=plain,
             replaced=overrides.of_step,
         )

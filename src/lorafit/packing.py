@@ -14,21 +14,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorafit import compat
+from lorafit import compat, forecast
 from lorafit.arguments import TrainingArguments
+from lorafit.data.cache import Chosen
 from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
-from lorafit.engine import graph, memory
+from lorafit.engine import graph, limits, memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
+from lorafit.engine.limits import Limit
+from lorafit.engine.memory import Work
 from lorafit.engine.precision import Precision, products
+from lorafit.errors import ConfigError, ModelError
 from lorafit.model import base, lora
 from lorafit.model.documents import Faster, Leaks, Runner, runner
 from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
 
 OURS = (PadCollator, DataCollatorForLanguageModeling)
-TOKENS = {"cpu": 1024, "cuda": 16384}
-"""Tokens of a micro-batch where nobody says: a layer's rows lie within a CPU's last cache; a GPU
-gets as many as its memory holds, this many at most."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The user's `collator`, a batch that it makes of the `first` row (None of a stream, which must
+    not be begun), and the set that is trained on, if any."""
+
+    collator: Any
+    first: Callable[[], Any]
+    training: Any = None
 
 
 @dataclass(frozen=True)
@@ -38,16 +49,20 @@ class Packing:
     Attributes:
         runner: Runs them end to end; None where they are run as given.
         budget: Tokens of a micro-batch.
+        recompute: What backward makes again.
         seed: Of LoRA's dropout by counters; None where torch draws it.
         drawn: The counters of the micro-batch that is run.
         notices: Lines for a person: why not, or what runs the layers.
+        per_token: Bytes that a token keeps for backward; 0: not known.
     """
 
     runner: Runner | None = None
     budget: int = 0
+    recompute: str = "none"
     seed: int | None = None
     drawn: Drawn = field(default_factory=Drawn)
     notices: tuple[str, ...] = ()
+    per_token: int = 0
 
     @property
     def layout(self) -> str:
@@ -91,20 +106,20 @@ def choose(
     *,
     arguments: TrainingArguments,
     precision: Precision,
-    collator: Any,
-    first: Callable[[], Any],
+    rows: Rows,
     plain: bool,
     replaced: Collection[str],
 ) -> Packing:
     """The layout that `arguments` ask for, if it can be had.
 
     Args:
-        collator: The user's.
-        first: Gives a batch of one row of the training set; None for a stream.
         plain: Whether the loss is plain causal cross entropy.
         replaced: The methods of the step that the user has replaced.
+
+    Raises:
+        ConfigError: the run fits into memory in no way; with what would.
     """
-    why = _of_data(collator, first=first, replaced=replaced)
+    why = _of_data(rows, replaced=replaced)
     seed = arguments.seed if not why and lora.drops(model) else None
     if arguments.layout == "as_given":
         return Packing(seed=seed, notices=_idle(arguments, packed=False, fused=False))
@@ -114,16 +129,19 @@ def choose(
         if why:
             raise Leaks(why)
         dtype = products(precision, base.weights_dtype(model))
+        decide = partial(_decided, model, dtype, arguments=arguments, rows=rows)
+        decided = decide(fused=True)
         found = runner(
             model,
             autocast=precision.autocast,
             dtype=dtype,
             drawn=drawn,
-            recompute=_recompute(arguments, model),
+            recompute=decided.recompute,
             smoothing=float(arguments.label_smoothing_factor),
-            faster=partial(_replaying, arguments=arguments, model=model),
+            faster=partial(_replaying, arguments=arguments, per_token=decided.per_token),
         )
-        if not found.fused and _recompute(arguments, model) == "layer":
+        decided = decided if found.fused else decide(fused=False)
+        if not found.fused and decided.recompute == "layer":
             raise Leaks("layers that run again in backward would look for documents in vain")
     except Leaks as leak:
         said = f"micro-batches are run as given: {leak}"
@@ -131,19 +149,19 @@ def choose(
     notices = (found.said, *_idle(arguments, packed=True, fused=found.fused))
     if found.fused and precision.dtype is None and dtype != base.weights_dtype(model):
         notices = (*notices, _EMULATED)
-    budget = _budget(model, dtype, arguments=arguments, fused=found.fused)
-    return Packing(found, budget, seed, drawn, notices)
+    notices = (*notices, *decided.notices)
+    return Packing(
+        found, decided.tokens, decided.recompute, seed, drawn, notices, decided.per_token
+    )
 
 
-def _replaying(decoder: Decoder, *, arguments: TrainingArguments, model: nn.Module) -> Faster:
+def _replaying(decoder: Decoder, *, arguments: TrainingArguments, per_token: int) -> Faster:
     """Graphs of it, where the host would be what takes the time."""
     halves = (torch.bfloat16, torch.float16)
     if arguments.device.type != "cuda" or decoder.dtype not in halves or not graph.wanted():
         return decoder
     if decoder.recompute == "layer":
         return decoder
-    shape = memory.Shape(**base.shape_of(model, decoder.dtype))
-    per_token = memory.kept_bytes(shape, recompute=decoder.recompute)
     return graph.Replaying(decoder, per_token=per_token)
 
 
@@ -167,36 +185,103 @@ def _idle(arguments: TrainingArguments, *, packed: bool, fused: bool) -> tuple[s
     return tuple(line for line, idle in said.items() if idle)
 
 
-def _budget(
-    model: nn.Module, dtype: torch.dtype, *, arguments: TrainingArguments, fused: bool
-) -> int:
-    """Tokens of a micro-batch: as asked for, else on a GPU no more than its free memory holds."""
-    device = arguments.device
-    if arguments.token_budget or device.type != "cuda":
-        return arguments.token_budget or TOKENS["cpu"]
-    shape = memory.Shape(**base.shape_of(model, dtype))
-    kept = memory.kept_bytes(shape, recompute=_recompute(arguments, model))
-    free, _ = torch.cuda.mem_get_info(device)
-    return memory.token_budget(
-        free, kept * (1 if fused else memory.OWN_FORWARD), most=TOKENS["cuda"]
+# ---- how much at a time --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Decided:
+    """Tokens of a micro-batch, what backward makes again, and what a token keeps, in bytes."""
+
+    tokens: int
+    recompute: str
+    per_token: int
+    notices: tuple[str, ...] = ()
+
+
+def _decided(
+    model: nn.Module, dtype: torch.dtype, *, arguments: TrainingArguments, rows: Rows, fused: bool
+) -> _Decided:
+    """What is asked for; for the rest the fastest that the memory plan finds to fit."""
+    asked = forecast.asked(arguments) or ("layer" if base.recomputes(model) else "")
+    try:
+        work = _work(model, dtype, arguments=arguments, rows=rows, fused=fused)
+    except ModelError as unknown:
+        tokens = arguments.token_budget or memory.TOKENS["cpu"]
+        return _Decided(tokens, asked or "none", 0, (f"memory is not planned: {unknown.what}",))
+    limit, held = _limit(arguments)
+    try:
+        plan = memory.choose(work, limit, held=held, tokens=arguments.token_budget, recompute=asked)
+    except ConfigError:
+        if rows.training is not None:
+            raise
+        plan = memory.plan(work, tokens=memory.LEAST[work.device], recompute="layer")
+    said = (memory.notice(plan, limit, held=held),)
+    if not memory.fits(plan, limit, held=held):
+        said = (*said, "this is more than fits; leave token_budget and recompute out, and what "
+                "does is chosen", *limit.holders)  # fmt: skip
+    return _Decided(plan.tokens, plan.recompute, plan.per_token, said)
+
+
+def _work(
+    model: nn.Module, dtype: torch.dtype, *, arguments: TrainingArguments, rows: Rows, fused: bool
+) -> Work:
+    shape, device = base.shape_of(model), arguments.device.type
+    weights = base.weights_dtype(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    each = shape.adapted(["all-linear"], 1)
+    return Work(
+        shape,
+        device=device,
+        weights=str(weights).removeprefix("torch."),
+        products=str(dtype).removeprefix("torch."),
+        trained=trained,
+        ranks=trained * each[1] // each[0],  # as if all projections had the same rank
+        optim=arguments.optim,
+        is_fused=fused,
+        longest=_longest(rows.training),
+        evaluated=forecast.evaluated(arguments),
     )
 
 
-def _recompute(arguments: TrainingArguments, model: nn.Module) -> str:
-    asked = arguments.recompute
-    again = arguments.gradient_checkpointing or base.recomputes(model)
-    return ("layer" if again else "none") if asked == "auto" else asked
+def _longest(rows: Any) -> int:
+    """Tokens of the longest example, where that is known without making it; else 0."""
+    if isinstance(rows, Chosen):
+        return max(int(stored.lengths[numbers].max()) for stored, numbers in rows.parts)
+    known = isinstance(rows, list) and all(isinstance(r, dict) and "input_ids" in r for r in rows)
+    return max((len(row["input_ids"]) for row in rows), default=0) if known else 0
 
 
-def _of_data(collator: Any, *, first: Callable[[], Any], replaced: Collection[str]) -> str:
+def resident_limit(arguments: TrainingArguments) -> int:
+    """Bytes of resident memory that a run on a CPU may have; 0 elsewhere, where an allocator says
+    when there is no more."""
+    return _limit(arguments)[0].bytes if arguments.device.type == "cpu" else 0
+
+
+def _limit(arguments: TrainingArguments) -> tuple[Limit, int]:
+    """The most that this process may hold where it trains, and what it holds."""
+    device, wanted = arguments.device, arguments.memory_limit
+    if device.type != "cuda":
+        return limits.here(device.type, wanted), limits.resident()
+    seen, (free, total) = limits.first_gpu(), torch.cuda.mem_get_info(device)
+    may = free + torch.cuda.memory_reserved(device) + memory.PROCESS["cuda"]
+    holders = seen.holders if seen else ()
+    gpu = limits.Gpu(torch.cuda.get_device_name(device), total, may, 8.0, holders)
+    return limits.here("cuda", wanted, gpu=gpu), torch.cuda.memory_allocated(device)
+
+
+# ---- what stands in the way ----------------------------------------------------------------------
+
+
+def _of_data(rows: Rows, *, replaced: Collection[str]) -> str:
     """Why rows cannot be laid end to end; empty if they can."""
+    collator = rows.collator
     if replaced:
         return f"{', '.join(sorted(replaced))} is yours"
     if type(collator) not in OURS and not compat.makes_rows_alone(collator):
         name = compat.name_of(collator)
         return f"what {name} makes of a row may depend on the rows beside it"
     try:
-        batch = first()
+        batch = rows.first()
     except Exception as error:  # whatever it is, it is said where the row is read to be trained on
         return f"the first row cannot be read ({type(error).__name__})"
     return "" if batch is None or is_plain(batch) else "rows hold more than ids, mask and labels"

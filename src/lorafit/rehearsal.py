@@ -150,7 +150,6 @@ class _Rehearsal:
         steps, rows = self._size(step.seconds())
         before = self.read(rows)
         self.say(f"{steps} steps of {self.per_step} examples, {rows} rows held out")
-        room.forget_peak()
         first = self.copy("first", steps=steps)
         fresh, told = _clones(adapters.adapter_state(self.model)), self.events
         self._check_labels(step)

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lorafit import compat, parts
+from lorafit import compat, packing, parts
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import Objective, Whole
 from lorafit.engine.optim import Reached
-from lorafit.engine.room import Full, Room
+from lorafit.engine.room import Full, Room, forget_peak, peak_bytes
 from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
@@ -343,11 +343,17 @@ class Trainer(Hooks):
     def _room(self, objective: Objective) -> Room:
         """How much of a step runs at a time, where nobody has replaced the step."""
         own = self._overrides().any_of(*parts.STEPPING)
+        forget_peak()
+        limit = packing.resident_limit(self._settings)
         return Room(
             most=self._packing.tokens,
             divides=objective.divides and not own,
             keep_less=partial(self._packing.keep_less, self.model),
             tell=self.observers.tell,
+            limit=limit
+            if limit > peak_bytes()
+            else 0,  # else the plan has said that it is too much
+            per_token=self._packing.per_token,
         )
 
     def _made_with(self) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Updates: bf16 parameters have fp32 masters, bad gradients are never applied, decay groups."""
 
 import sys
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorafit.arguments import TrainingArguments
 from lorafit.engine import optim
@@ -152,3 +153,33 @@ def test_optim_args_reach_the_optimiser() -> None:
 def test_nothing_trainable_is_refused() -> None:
     with pytest.raises(ConfigError, match="No parameter"):
         optim.check_trainable(model().requires_grad_(False))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("given", [{}, {"fused": True}, {"amsgrad": True}])
+def test_reserved_state_is_the_one_that_torch_would_make(kind: Any, given: Any) -> None:
+    def after(*, reserved: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(3, 2)
+        made = kind(layer.parameters(), lr=0.1, **given)
+        if reserved:
+            optim.reserve(made)
+            before = {p: {n: t.data_ptr() for n, t in made.state[p].items()} for p in made.state}
+            assert len(before) == 2
+        for _ in range(3):
+            layer(torch.ones(1, 3)).sum().backward()
+            made.step()
+        state = [made.state[p] for p in layer.parameters()]
+        if reserved:  # an update allocates nothing
+            assert [{n: t.data_ptr() for n, t in s.items()} for s in state] == [*before.values()]
+        kept = [one[name] for one in state for name in sorted(one)]
+        return [*layer.parameters(), *kept]
+
+    pairs = zip(after(reserved=False), after(reserved=True), strict=True)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in pairs)
+
+
+def test_state_of_other_optimisers_is_left() -> None:
+    made = torch.optim.SGD(torch.nn.Linear(3, 2).parameters(), lr=0.1, momentum=0.9)
+    optim.reserve(made)
+    assert not made.state

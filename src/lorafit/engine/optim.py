@@ -54,6 +54,7 @@ class Updater:
         trained = (p for p in self.parameters if p.requires_grad and p.dtype in halves)
         self._masters = {p: p.detach().float() for p in trained}
         self._swap(self._masters)
+        reserve(optimizer)
         self._hooks = [p.register_post_accumulate_grad_hook(self._to_master) for p in self._masters]
         if self._masters:
             self._hooks.append(optimizer.register_step_pre_hook(self._take_edits))
@@ -151,6 +152,21 @@ class Updater:
     def _from_masters(self, *_: Any) -> None:
         for parameter, master in self._masters.items():
             parameter.copy_(master)
+
+
+def reserve(optimizer: Optimizer) -> None:
+    """Give torch's own Adam and AdamW the state that they would make in their first step, so that
+    an update allocates nothing and what does not fit shows before it. Other optimisers are left."""
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return
+    for group in optimizer.param_groups:
+        names = ("exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group["amsgrad"] else []))
+        on_device = group["fused"] or group["capturable"]
+        for parameter in group["params"]:
+            if parameter.requires_grad and not optimizer.state.get(parameter):
+                step = torch.tensor(0.0, device=parameter.device if on_device else "cpu")
+                moments = {name: torch.zeros_like(parameter) for name in names}
+                optimizer.state[parameter] = {"step": step, **moments}
 
 
 @runtime_checkable

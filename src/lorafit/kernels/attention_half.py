@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import attention, elementwise, lora
 from lorafit.kernels.attention import Documents, Look
+from lorafit.kernels.elementwise import Scratch
 from lorafit.kernels.lora import Below, Counters, Joined, Layers
 
 
@@ -31,12 +32,14 @@ class Around:
         rotary: Cosines and sines, [T, E] each, float32 (float64 for gradcheck).
         counters: Of LoRA's dropout; None where nothing is dropped.
         dtype: Of the matrix products.
+        scratch: Room for what forward does not keep, where there is some.
     """
 
     documents: Documents
     rotary: tuple[Tensor, Tensor]
     counters: Counters | None
     dtype: torch.dtype
+    scratch: Scratch | None = None
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,9 @@ class _Node(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> Tensor:
         joined = lora.join(half.qkv, factors[:6]), lora.join(half.out, factors[6:])
-        n_TD, _ = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=around.dtype)
+        n_TD, _ = elementwise.rms_norm(
+            x_TD, half.norm_D, eps=half.eps, dtype=around.dtype, scratch=around.scratch
+        )
         made = _project(n_TD, half, around=around, joined=joined[0])
         heads = _heads(made.qkv_TO, half, around=around)
         out_THE, lse = attention.forward(heads, documents=around.documents, look=half.look)

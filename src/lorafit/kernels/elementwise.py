@@ -15,15 +15,47 @@ from torch.nn import functional
 from lorafit.kernels import cuda, native
 
 
+class Scratch:
+    """Room that the layers of a micro-batch write to one after the other, on a CPU. What a layer
+    frees between two tensors that stay is taken by smaller ones and lost to the C library's heap:
+    up to a sixth of the peak (docs/memory.md)."""
+
+    def __init__(self) -> None:
+        self._rooms: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
+        """The room of that name, whatever it holds."""
+        found = self._rooms.get(name)
+        if found is None or (found.shape, found.dtype) != (shape, dtype):
+            found = self._rooms[name] = torch.empty(shape, dtype=dtype)
+        return found
+
+    def clear(self) -> None:
+        """Give it back."""
+        self._rooms.clear()
+
+
 def rms_norm(
-    x_TD: Tensor, weight_D: Tensor, *, eps: float, dtype: torch.dtype
+    x_TD: Tensor,
+    weight_D: Tensor,
+    *,
+    eps: float,
+    dtype: torch.dtype,
+    scratch: Scratch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm (Zhang & Sennrich 2019) in the rounding order of transformers' Llama.
+
+    Args:
+        scratch: Where the rows may be written, if nobody keeps them.
 
     Returns:
         The normed rows in `dtype`, and 1 / rms of each row (float32, float64 for float64 rows).
     """
-    y_TD = torch.empty(x_TD.shape, dtype=dtype, device=x_TD.device)
+    y_TD = (
+        scratch.take("norm", tuple(x_TD.shape), dtype=dtype)
+        if scratch
+        else torch.empty(x_TD.shape, dtype=dtype, device=x_TD.device)
+    )
     call = native.function("rms_norm", x_TD, y_TD) if weight_D.dtype == x_TD.dtype else None
     if call:
         rstd_T = torch.empty(len(x_TD), dtype=torch.float32)
@@ -97,12 +129,17 @@ def _rotated(x_THE: Tensor, cosine_TE: Tensor, *others: Any) -> Tensor:
     return (torch.cat((low, high), dim=-1) * cosine_T1E + turned_THE).to(x_THE.dtype)
 
 
-def swiglu(both_T2F: Tensor) -> Tensor:
+def swiglu(both_T2F: Tensor, scratch: Scratch | None = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020) of gate and up lying side by side: [T, F]."""
     tokens, double = both_T2F.shape
     call = native.function("swiglu", both_T2F)
     if call:
-        h_TF = both_T2F.new_empty(tokens, double // 2)
+        sizes = tokens, double // 2
+        h_TF = (
+            scratch.take("swiglu", sizes, dtype=both_T2F.dtype)
+            if scratch
+            else both_T2F.new_empty(sizes)
+        )
         call(both_T2F, h_TF, *h_TF.shape)
         return h_TF
     return (cuda.swiglu if cuda.runs(both_T2F) else _swiglu)(both_T2F)

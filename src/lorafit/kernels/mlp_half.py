@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import elementwise, lora
+from lorafit.kernels.elementwise import Scratch
 from lorafit.kernels.lora import Below, Counters, Layers
 
 
@@ -39,6 +40,7 @@ def mlp_half(
     dtype: torch.dtype,
     factors: tuple[Tensor | None, ...],
     keeps: bool = True,
+    scratch: Scratch | None = None,
 ) -> Tensor:
     """[T, D] in x's dtype.
 
@@ -47,8 +49,9 @@ def mlp_half(
         dtype: Of the matrix products.
         factors: A and B of gate, up and down in turn; None where there is no adapter.
         keeps: Whether gate and up are kept for backward.
+        scratch: Room for what forward does not keep, where there is some.
     """
-    made = _Node.apply(x_TD, half, counters, dtype, keeps, *factors)
+    made = _Node.apply(x_TD, half, counters, dtype, keeps, scratch, *factors)
     assert isinstance(made, Tensor)
     return made
 
@@ -62,12 +65,15 @@ class _Node(torch.autograd.Function):
         counters: Counters | None,
         dtype: torch.dtype,
         keeps: bool,
+        scratch: Scratch | None,
         *factors: Tensor | None,
     ) -> Tensor:
         joined = lora.join(half.gate_up, factors[:4]), lora.join(half.down, factors[4:])
-        n_TD, _ = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype)
+        n_TD, _ = elementwise.rms_norm(
+            x_TD, half.norm_D, eps=half.eps, dtype=dtype, scratch=scratch
+        )
         both_T2F, xa_TR = lora.forward(n_TD, half.gate_up, joined=joined[0], counters=counters)
-        h_TF = elementwise.swiglu(both_T2F)
+        h_TF = elementwise.swiglu(both_T2F, scratch)
         y_TD, xa_down_TR = lora.forward(h_TF, half.down, joined=joined[1], counters=counters)
         ctx.how = half, counters, dtype, joined
         ctx.save_for_backward(x_TD, xa_down_TR, *((both_T2F, xa_TR) if keeps else (None, None)))
@@ -95,4 +101,4 @@ class _Node(torch.autograd.Function):
             both_T2F, n_TD, layers=half.gate_up,
             xa_TR=xa_TR, joined=joined, counters=counters, below=below,
         )  # fmt: skip
-        return (dx_TD, None, None, None, None, *grads, *grads_down)
+        return (dx_TD, None, None, None, None, None, *grads, *grads_down)

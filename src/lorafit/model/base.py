@@ -32,7 +32,8 @@ from lorafit.arguments import ModelArguments, TrainingArguments
 from lorafit.errors import ModelError
 from lorafit.kernels.attention import Documents, Look, attend
 from lorafit.kernels.cross_entropy import IGNORE, summed_nats, supervised_tokens
-from lorafit.model import guard
+from lorafit.model import guard, shape
+from lorafit.model.shape import Shape
 from lorafit.model.tokens import explained, folder_of, quiet, runs_code
 
 INDEX = "model.safetensors.index.json"
@@ -244,28 +245,13 @@ def weights_dtype(model: nn.Module) -> torch.dtype:
     return unwrap(model).get_input_embeddings().weight.dtype
 
 
-def shape_of(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
-    """What decides the bytes that a token keeps: `engine.memory.Shape` by name. What the
-    configuration does not say is taken as the largest that is usual.
+def shape_of(model: nn.Module) -> Shape:
+    """The sizes that its configuration says.
 
-    Args:
-        dtype: Of matrix products.
+    Raises:
+        ModelError: they are not those of a dense decoder.
     """
-    base = unwrap(model)
-    config = base.config.get_text_config()
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    width = getattr(config, "head_dim", None) or hidden // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
-    stream = weights_dtype(model)
-    return {
-        "layers": config.num_hidden_layers,
-        "hidden": hidden,
-        "queries": heads * width,
-        "keys": groups * width,
-        "feed_forward": getattr(config, "intermediate_size", None) or 4 * hidden,
-        "products": dtype.itemsize,
-        "stream": stream.itemsize,
-    }
+    return shape.of(unwrap(model).config.get_text_config().to_dict())
 
 
 def label_names(model: nn.Module, given: Sequence[str] | None = None) -> tuple[str, ...]:

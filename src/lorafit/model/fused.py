@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.kernels.attention import Documents, Look
 from lorafit.kernels.attention_half import Around, AttentionHalf, attention_half
+from lorafit.kernels.elementwise import Scratch
 from lorafit.kernels.lora import Adapter, Counters, Layers
 from lorafit.kernels.mlp_half import MlpHalf, mlp_half
 from lorafit.model.base import decoder_of, is_hooked
@@ -115,7 +116,8 @@ class Decoder:
         exact = x_TD.new_empty(0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         cosine, sine = self.decoder.rotary_emb(exact, positions_T[None])
         rotary = cosine[0].contiguous(), sine[0].contiguous()
-        around = Around(documents, rotary, counters, self.dtype)
+        scratch = Scratch() if x_TD.device.type == "cpu" else None
+        around = Around(documents, rotary, counters, self.dtype, scratch)
         for layer in self._layers:
             factors = layer.factors()
             if self.recompute == "layer" and torch.is_grad_enabled():
@@ -125,6 +127,8 @@ class Decoder:
                 )
             else:
                 x_TD = self._run(layer, around, x_TD, *factors)
+        if scratch:
+            scratch.clear()
         return x_TD
 
     def keep_less(self) -> str:
@@ -148,7 +152,7 @@ class Decoder:
         )  # fmt: skip
         return mlp_half(
             x_TD, layer.mlp, counters=around.counters, dtype=around.dtype, factors=factors[8:],
-            keeps=self.recompute not in ("mlp", "half"),
+            keeps=self.recompute not in ("mlp", "half"), scratch=around.scratch,
         )  # fmt: skip
 
     def refresh(self) -> int:

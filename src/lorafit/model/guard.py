@@ -1,17 +1,19 @@
 """What may be opened of a folder that a stranger made, and what its settings may ask for.
 
-Owns the refusals that come before transformers, peft or safetensors read anything. Imports none of
-them, nor torch. Which code may run is decided in `tokens`, which knows where code would come from.
+Owns what a name means (a folder or a Hub id) and the refusals that come before transformers, peft
+or safetensors read anything. Imports none of them, nor torch. Which code may run is decided in
+`tokens`, which knows where code would come from.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lorafit import foreign
-from lorafit.errors import ModelError
+from lorafit.errors import ModelError, nearest
 
 TEMPLATES = "additional_chat_templates"
 CODE = ("auto_map", "auto_mapping", "parent_library", "megatron_core", "megatron_config",
@@ -34,6 +36,34 @@ class Stored:
     shape: tuple[int, ...]
     start: int
     end: int
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that `name` means; None where it can only be a Hub id."""
+    if not name:
+        raise ModelError("No model is named.", fix="Give a folder or a Hub id.")
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{name} is a file; a model is a folder with config.json and *.safetensors.",
+            fix=f"Give the folder: {path.parent}",
+        )
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and path.parent.is_dir()):
+        return None
+    raise ModelError(
+        f"There is no folder {name}.{nearest_folder(path)}",
+        fix="Give a folder with config.json and *.safetensors, or a Hub id such as org/name.",
+    )
+
+
+def nearest_folder(path: Path) -> str:
+    """` Did you mean X?` for a folder beside `path` with a name close to its own; else empty."""
+    parent = path.parent
+    if not parent.is_dir():
+        return ""
+    return nearest(path.name, sorted(entry.name for entry in parent.iterdir() if entry.is_dir()))
 
 
 def check_entries(folder: Path) -> None:

@@ -1,12 +1,11 @@
 """Tokenizers, and what can be known of a base before any weight is read.
 
-Owns finding and loading a tokenizer, and what a name means: a folder or a Hub id. Imports
-transformers, but neither torch nor a model, so that data can be looked at within a second.
+Owns finding and loading a tokenizer. Imports transformers, but neither torch nor a model, so that
+data can be looked at within a second.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -20,8 +19,9 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from lorafit.arguments import ModelArguments
-from lorafit.errors import ModelError, nearest
+from lorafit.errors import ModelError
 from lorafit.model import guard
+from lorafit.model.guard import folder_of, nearest_folder
 
 
 def load_tokenizer(name: str, *, revision: str = "", trust_remote_code: str = "") -> Any:
@@ -140,34 +140,6 @@ def context_of(arguments: ModelArguments, tokenizer: Any) -> int | None:
 
 UNSAID_LENGTH = 10**9
 """transformers gives tokenizers that name no longest text one far above this."""
-
-
-def folder_of(name: str) -> Path | None:
-    """The folder that `name` means; None where it can only be a Hub id."""
-    if not name:
-        raise ModelError("No model is named.", fix="Give a folder or a Hub id.")
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_file():
-        raise ModelError(
-            f"{name} is a file; a model is a folder with config.json and *.safetensors.",
-            fix=f"Give the folder: {path.parent}",
-        )
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and path.parent.is_dir()):
-        return None
-    raise ModelError(
-        f"There is no folder {name}.{nearest_folder(path)}",
-        fix="Give a folder with config.json and *.safetensors, or a Hub id such as org/name.",
-    )
-
-
-def nearest_folder(path: Path) -> str:
-    """` Did you mean X?` for a folder beside `path` with a name close to its own; else empty."""
-    parent = path.parent
-    if not parent.is_dir():
-        return ""
-    return nearest(path.name, sorted(entry.name for entry in parent.iterdir() if entry.is_dir()))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ HARMLESS: Final = (
     "save_total_limit", "save_only_model", "dataloader_num_workers", "dataloader_prefetch_factor",
     "dataloader_persistent_workers", "dataloader_pin_memory", "torch_empty_cache_steps",
     "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches", "include_for_metrics",
-    "eval_accumulation_steps", "do_train", "do_eval", "do_predict",
+    "eval_accumulation_steps", "memory_limit", "do_train", "do_eval", "do_predict",
 )  # fmt: skip
 """Knobs that no number of the run depends on."""
 

@@ -1,0 +1,155 @@
+"""Is the memory plan right? What `lorafit plan` says, beside the peak of a run that is measured.
+
+    python benchmarks/memory.py [SHAPE ...]
+
+Each run is a fresh process on the CPU in fp32: random weights in files, LoRA of rank 16 on all
+projections, one optimiser step. The peak is the process's resident set (VmHWM), libraries and
+mapped files included; nothing is taken off it. A shape whose plan does not fit this machine is
+said, not run. Results: benchmarks/results/memory.txt and memory.json.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import environments
+import shapes
+from comparison import machine
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained on: `rows` examples of `length` tokens in one step."""
+
+    name: str
+    rows: int
+    length: int
+    recompute: str = "auto"
+
+
+SETTINGS = (
+    Setting("1,024 tokens", 4, 256),
+    Setting("layers made again", 4, 256, "layer"),
+    Setting("a long document", 1, 2048),
+)
+
+
+def run(shape: shapes.Shape, setting: Setting, *, root: Path) -> dict[str, object]:
+    """Forecast and peak in bytes, and what was chosen, of one fresh process."""
+    folder = shapes.folder(shape, root, dtype="fp32", weights=True)
+    told = {"model": str(folder), **asdict(setting), "vocabulary": shape.vocabulary}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, __file__, "--worker", json.dumps(told)],
+        capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or ["killed"])[-1][:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def work(told: dict[str, object]) -> None:
+    """In the fresh process: plan from the configuration alone, then train one step."""
+    from lorafit import config, forecast
+
+    rows, length = int(str(told["rows"])), int(str(told["length"]))
+    flags = {
+        "model": told["model"], "data": "-", "max_length": length, "recompute": told["recompute"],
+        "use_cpu": True, "bf16": False, "eval_strategy": "no", "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": 1,
+    }  # fmt: skip
+    settings = config.load(None, flags)
+    said = forecast.make(settings)
+
+    import torch
+
+    import lorafit
+    from lorafit.data.collate import PadCollator
+    from lorafit.model import adapters, base
+
+    model = adapters.attach(base.load_model(settings.model), settings.model)
+    generator = torch.Generator().manual_seed(0)
+    most = int(str(told["vocabulary"]))
+    ids = torch.randint(most, (rows, length), generator=generator).tolist()
+    settings.training.output_dir = tempfile.mkdtemp()
+    trainer = lorafit.Trainer(
+        model=model,
+        args=settings.training,
+        data_collator=PadCollator(0),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids],
+    )
+    before = resident("VmHWM")
+    trainer.train()
+    chosen = trainer._packing
+    print(json.dumps({
+        "forecast": said.plan.total, "measured": resident("VmHWM"), "loading": before,
+        "tokens": chosen.budget, "recompute": chosen.recompute, "plan": asdict(said.plan),
+    }))  # fmt: skip
+
+
+def resident(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def line(shape: str, setting: str, found: dict[str, object]) -> str:
+    """For the table."""
+    if "error" in found:
+        return f"{shape:<14}{setting:<20}not run: {found['error']}"
+    forecast, measured = float(str(found["forecast"])), float(str(found["measured"]))
+    return (
+        f"{shape:<14}{setting:<20}{found['recompute']:<12}{forecast / 1e9:>10.2f}"
+        f"{measured / 1e9:>10.2f}{forecast / measured - 1:>+9.1%}"
+    )
+
+
+def main() -> None:
+    """Measure, write, show; the table is written anew after each run."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("shapes", nargs="*", default=[*shapes.SHAPES])
+    parser.add_argument("--worker", type=json.loads)
+    given = parser.parse_args()
+    if given.worker:
+        work(given.worker)
+        return
+    root, out = environments.cache(), HERE / "results" / "memory"
+    packages = ("torch", "transformers", "peft")
+    told = machine() | {name: version(name) for name in packages}
+    points: list[dict[str, object]] = []
+    head = f"{'shape':<14}{'setting':<20}{'made again':<12}{'forecast':>10}{'measured':>10}   off"
+    table: list[str] = []
+    for name in given.shapes:
+        shape = shapes.SHAPES[name]
+        for setting in SETTINGS:
+            if shape.weight_bytes("fp32") > 0.5 * total_memory():
+                found: dict[str, object] = {"error": "its weights in fp32 are half of this machine"}
+            else:
+                found = run(shape, setting, root=root)
+            points.append({"shape": name, **asdict(setting), **found})
+            table.append(line(name, setting.name, found))
+            print(table[-1], flush=True)
+            text = "\n".join([*(f"{key}: {value}" for key, value in told.items()), "",
+                              "GB of resident memory at the peak", head, *table])  # fmt: skip
+            out.parent.mkdir(exist_ok=True)
+            out.with_suffix(".txt").write_text(text + "\n")
+            record = json.dumps(told | {"points": points}, indent=1)
+            out.with_suffix(".json").write_text(record + "\n")
+
+
+def total_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+if __name__ == "__main__":
+    main()
