@@ -202,7 +202,7 @@ def test_resident_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Room(most=1000, divides=True, tell=told.append, limit=10_000, per_token=10)
     monkeypatch.setattr(room, "peak_bytes", lambda: 2_000)
     ran = held.held(lambda tokens: [_Part(tokens)], lambda parts: parts[0].positions, step=1)  # type: ignore[arg-type]
-    assert ran == 500 and told[0].message == "resident memory would reach 0.0 MB of 0.0 MB"
+    assert ran == 500 and told[0].message == "resident memory would reach 12.0 kB of 10.0 kB"
     assert held.held(lambda _: [_Part(700)], len, step=2) == 1, "what is known not to grow"  # type: ignore[arg-type]
     with pytest.raises(Full):
         held.held(lambda _: [_Part(5000, divides=False)], len, step=2)  # type: ignore[arg-type]

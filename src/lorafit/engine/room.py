@@ -18,6 +18,7 @@ from typing import Literal, TypeVar
 
 import torch
 
+from lorafit.amounts import shown
 from lorafit.engine.layout import MicroBatch
 from lorafit.errors import OutOfMemoryError
 from lorafit.events import OutOfMemory
@@ -177,14 +178,16 @@ class Room:
         """Whether these would come too close to the limit, where the kernel kills."""
         if not self.limit:
             return None
-        peak, largest = peak_bytes(), max(part.positions for part in parts)
-        forecast = peak + max(0, largest - self._largest) * self.per_token
-        allowed = max(int(CLOSE * self.limit), self._mark)
-        if forecast <= allowed:
+        at = max(range(len(parts)), key=lambda at: parts[at].positions)
+        peak, growth = peak_bytes(), max(0, parts[at].positions - self._largest) * self.per_token
+        # close to it parts are made smaller; beyond it whatever can be done is done
+        close = self.divides and parts[at].divides
+        allowed = max(int(CLOSE * self.limit) if close else self.limit, self._mark)
+        if peak + growth <= allowed:
             return None
         self._mark = max(self._mark, peak)  # what has been reached is no reason a second time
-        self.passed = max(range(len(parts)), key=lambda at: parts[at].positions)
-        return _Short(f"resident memory would reach {gb(forecast)} of {gb(self.limit)}")
+        self.passed = at
+        return _Short(f"resident memory would reach {shown(peak + growth)} of {shown(self.limit)}")
 
     def _shrink(self, failed: MicroBatch, *, step: int, message: str) -> None:
         """Make parts smaller, or keep less of each, or try once more: memory may have been in
@@ -240,8 +243,3 @@ def forget_peak() -> None:
     """Let the peak begin anew at what is resident now, where Linux allows it."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def gb(size: float) -> str:
-    """`size` bytes for people, in powers of ten."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
