@@ -1,6 +1,6 @@
 """Is the memory plan right? What `lorafit plan` says, beside the peak of a run that is measured.
 
-    python benchmarks/memory.py [SHAPE ...]
+    python benchmarks/memory.py [SHAPE ...] [--tokens 1024]
 
 Each run is a fresh process on the CPU in fp32: random weights in files, LoRA of rank 16 on all
 projections, one optimiser step. The peak is the process's resident set (VmHWM), libraries and
@@ -35,11 +35,14 @@ class Setting:
     recompute: str = "auto"
 
 
-SETTINGS = (
-    Setting("1,024 tokens", 4, 256),
-    Setting("layers made again", 4, 256, "layer"),
-    Setting("a long document", 1, 2048),
-)
+def settings(tokens: int) -> tuple[Setting, ...]:
+    """One micro-batch of so many tokens; the same with layers made again; a document of twice as
+    many, for which the plan chooses."""
+    return (
+        Setting("as it comes", 4, tokens // 4),
+        Setting("layers made again", 4, tokens // 4, "layer"),
+        Setting("a long document", 1, 2 * tokens),
+    )
 
 
 def run(shape: shapes.Shape, setting: Setting, *, root: Path) -> dict[str, object]:
@@ -92,7 +95,7 @@ def work(told: dict[str, object]) -> None:
     chosen = trainer._packing
     print(json.dumps({
         "forecast": said.plan.total, "measured": resident("VmHWM"), "loading": before,
-        "tokens": chosen.budget, "recompute": chosen.recompute, "plan": asdict(said.plan),
+        "tokens": chosen.budget, "made_again": chosen.recompute, "plan": asdict(said.plan),
     }))  # fmt: skip
 
 
@@ -102,48 +105,56 @@ def resident(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-def line(shape: str, setting: str, found: dict[str, object]) -> str:
+def line(point: dict[str, object]) -> str:
     """For the table."""
-    if "error" in found:
-        return f"{shape:<14}{setting:<20}not run: {found['error']}"
-    forecast, measured = float(str(found["forecast"])), float(str(found["measured"]))
-    return (
-        f"{shape:<14}{setting:<20}{found['recompute']:<12}{forecast / 1e9:>10.2f}"
-        f"{measured / 1e9:>10.2f}{forecast / measured - 1:>+9.1%}"
-    )
+    begin = f"{point['shape']:<14}{point['name']:<19}{point['rows']:>3} x{point['length']:>6}  "
+    if "error" in point:
+        return f"{begin}not run: {point['error']}"
+    forecast, measured = float(str(point["forecast"])), float(str(point["measured"]))
+    off = f"{forecast / 1e9:>10.2f}{measured / 1e9:>10.2f}{forecast / measured - 1:>+9.1%}"
+    return f"{begin}{point['made_again']:<12}{off}"
 
 
 def main() -> None:
-    """Measure, write, show; the table is written anew after each run."""
+    """Measure, write, show; a run takes the place of an earlier one of the same setting."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shapes", nargs="*", default=[*shapes.SHAPES])
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--worker", type=json.loads)
     given = parser.parse_args()
     if given.worker:
         work(given.worker)
         return
     root, out = environments.cache(), HERE / "results" / "memory"
-    packages = ("torch", "transformers", "peft")
-    told = machine() | {name: version(name) for name in packages}
-    points: list[dict[str, object]] = []
-    head = f"{'shape':<14}{'setting':<20}{'made again':<12}{'forecast':>10}{'measured':>10}   off"
-    table: list[str] = []
+    told = machine() | {name: version(name) for name in ("torch", "transformers", "peft")}
+    before = out.with_suffix(".json")
+    kept = json.loads(before.read_text()) if before.exists() else {}
+    points = {(p["shape"], p["name"]): p for p in kept.get("points", [])}
     for name in given.shapes:
         shape = shapes.SHAPES[name]
-        for setting in SETTINGS:
-            if shape.weight_bytes("fp32") > 0.5 * total_memory():
-                found: dict[str, object] = {"error": "its weights in fp32 are half of this machine"}
-            else:
+        for setting in settings(given.tokens):
+            found: dict[str, object] = {"error": "its weights in fp32 are half of this machine"}
+            if shape.weight_bytes("fp32") < 0.5 * total_memory():
                 found = run(shape, setting, root=root)
-            points.append({"shape": name, **asdict(setting), **found})
-            table.append(line(name, setting.name, found))
-            print(table[-1], flush=True)
-            text = "\n".join([*(f"{key}: {value}" for key, value in told.items()), "",
-                              "GB of resident memory at the peak", head, *table])  # fmt: skip
-            out.parent.mkdir(exist_ok=True)
-            out.with_suffix(".txt").write_text(text + "\n")
-            record = json.dumps(told | {"points": points}, indent=1)
-            out.with_suffix(".json").write_text(record + "\n")
+            point = {"shape": name, **asdict(setting), **found}
+            points[name, setting.name] = point
+            print(line(point), flush=True)
+            write(out, told, [*points.values()])
+
+
+def write(out: Path, told: dict[str, object], points: list[dict[str, object]]) -> None:
+    """The table for people and everything for machines."""
+    places = {name: place for place, name in enumerate(shapes.SHAPES)}
+    points = sorted(points, key=lambda point: places[str(point["shape"])])
+    head = (
+        f"{'shape':<14}{'setting':<19}{'rows':>3} x tokens  {'made again':<12}{'forecast':>9}"
+        f"{'measured':>10}      off"
+    )
+    said = [f"{key}: {value}" for key, value in told.items()]
+    text = [*said, "", "GB of resident memory at the peak", head, *map(line, points)]
+    out.parent.mkdir(exist_ok=True)
+    out.with_suffix(".txt").write_text("\n".join(text) + "\n")
+    out.with_suffix(".json").write_text(json.dumps(told | {"points": points}, indent=1) + "\n")
 
 
 def total_memory() -> int:

@@ -118,6 +118,7 @@ def _work(sizes: shape.Shape, settings: Settings, *, device: str, native: bool) 
         is_fused=sizes.is_fused and not (model.use_dora or whole),
         is_mapped=weights == sizes.dtype,
         longest=settings.data.max_length,
+        examples=training.effective_batch_size,
         evaluated=evaluated(training),
     )
 

@@ -239,6 +239,7 @@ def _work(
         optim=arguments.optim,
         is_fused=fused,
         longest=_longest(rows.training),
+        examples=arguments.effective_batch_size,
         evaluated=forecast.evaluated(arguments),
     )
 

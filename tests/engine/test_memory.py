@@ -115,6 +115,12 @@ def test_a_document_longer_than_the_budget_decides() -> None:
     assert found.recompute != "none" and found.placed == 8000
 
 
+def test_a_step_may_be_smaller_than_the_budget() -> None:
+    few = replace(WORK, longest=100, examples=4)
+    assert plan(few, tokens=1024, recompute="none").placed == 400
+    assert plan(few, tokens=256, recompute="none").placed == 256
+
+
 def test_what_cannot_fit_says_what_would() -> None:
     long = replace(WORK, longest=100_000)
     with pytest.raises(ConfigError) as raised:
@@ -178,10 +184,13 @@ def test_a_run_is_laid_out_by_its_plan(tmp_path: Path, monkeypatch: pytest.Monke
     assert (ample._packing.budget, ample._packing.recompute) == (1024, "none")
     said = ample._packing.notices[-1]
     assert said.startswith("memory: ") and said.endswith("at a time, nothing made again")
-    need = memory.PROCESS["cpu"] + 10**6
     monkeypatch.setattr(limits, "resident", lambda: 0)
-    tight = trained(tmp_path, model_of("llama"), memory_limit=need * 10 // 9)
-    assert tight._packing.budget < 1024
+    rows = packing.Rows(None, lambda: None, ample.train_dataset)
+    work = packing._work(ample.model, torch.float32, arguments=ample.args, rows=rows, fused=True)
+    need = plan(work, tokens=1024, recompute="none").total - 1000
+    tight = trained(tmp_path, model_of("llama"), memory_limit=int(need / memory.MARGIN))
+    assert tight._packing.budget < 1024 or tight._packing.recompute != "none"
+    assert tight._packing.runner.states.fused.recompute == tight._packing.recompute
     with pytest.raises(ConfigError, match="does not fit"):
         trained(tmp_path, model_of("llama"), memory_limit="100MB")
 

@@ -66,6 +66,7 @@ class Work:
         is_fused: Whether the kernels run the layers.
         is_mapped: Whether the base lies in a mapped file, as one that was read as it was saved.
         longest: Tokens of the longest example; 0: unknown.
+        examples: Of a step, all micro-batches together; 0: unknown.
         evaluated: Examples of an evaluation's micro-batch; 0: there is none.
     """
 
@@ -80,6 +81,7 @@ class Work:
     is_fused: bool = True
     is_mapped: bool = True
     longest: int = 0
+    examples: int = 0
     evaluated: int = 8
 
     @property
@@ -99,7 +101,7 @@ class Plan:
 
     Attributes:
         tokens: Of a micro-batch: the budget.
-        placed: Of the largest micro-batch: the budget, or the longest example.
+        placed: Of the largest micro-batch: the budget, the whole step, or the longest example.
         per_token: What a token keeps until backward has passed.
         process: The process and its libraries.
         base: As loaded; `copies` are its projections side by side or in another format.
@@ -241,7 +243,8 @@ def _copies(work: Work) -> int:
 
 def plan(work: Work, *, tokens: int, recompute: str) -> Plan:
     """The bytes of a run that takes `tokens` at a time."""
-    placed = max(tokens, work.longest)
+    whole = work.examples * work.longest or tokens  # a step may be smaller than the budget
+    placed = max(min(tokens, whole), work.longest)
     kept = kept_bytes(work, recompute)
     # a few sizes of the ladder (graph.py) are met; each has its rows in and out, and four numbers
     sizes = 4 if work.device == "cuda" and work.number == 2 and recompute != "layer" else 0
