@@ -14,19 +14,22 @@ from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
 from lorafit.errors import ConfigError
-from lorafit.events import Event, RunStarted
+from lorafit.events import DataAudited, Event, RunStarted
 from lorafit.model import adapters, base
 from lorafit.run import store
+from lorafit.run.report import Page
 from lorafit.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trainer, and lines for a person about what was learnt on the way to it."""
+    """A trainer, and lines for a person about what was learnt on the way to it; `audited` is what
+    the journal keeps of the data report."""
 
     trainer: Trainer
     settings: Settings
     notes: tuple[str, ...]
+    audited: DataAudited
 
     def run(self) -> Path:
         """Train, with config.yaml beside the journal, and save the final adapter; its folder."""
@@ -36,6 +39,7 @@ class Job:
             if arguments.overwrite:
                 store.clear_run(folder)
             self.trainer.observers.append(self._keep_settings)
+            self.trainer.observers.followers.append(Page(folder, say=self.trainer.observers.say))
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))
@@ -46,6 +50,7 @@ class Job:
         if isinstance(event, RunStarted):
             file = Path(self.settings.training.output_dir) / store.SETTINGS
             store.write_whole(file, dump(self.settings).encode())
+            self.trainer.observers.tell(self.audited)
 
 
 def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> Job:
@@ -81,7 +86,9 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
         "data": {"sources": list(report.sources), "sha256": data.fingerprint},
         "lorafit": version("lorafit"),
     }
-    return Job(trainer, settings, (*report.summary(), *settings.notices))
+    said = tuple(text for text in report.summary() if not text.startswith("would hurt: "))
+    audited = DataAudited(said, report.harms, report.shown)
+    return Job(trainer, settings, (*report.summary(), *settings.notices), audited)
 
 
 def _check_evaluation(data: Sets, settings: Settings) -> None:

@@ -156,7 +156,7 @@ def _finite(series: Series) -> Series:
     return Series(steps, losses, nats, series.tokens)  # type: ignore[arg-type]
 
 
-def _jitter(series: Series) -> float:
+def jitter(series: Series) -> float:
     """The standard deviation of a reading about the curve that the readings follow.
 
     From what each differs by from the line between its neighbours (Gasser, Sroka and
@@ -201,9 +201,9 @@ class _Line:
     root: float
     scatter: float
 
-    def error(self, jitter: float) -> float:
-        """The standard error of the slope, where a reading's noise is no less than `jitter`."""
-        return max(jitter, self.scatter) / self.root
+    def error(self, noise: float) -> float:
+        """The standard error of the slope, where a reading's noise is no less than `noise`."""
+        return max(noise, self.scatter) / self.root
 
 
 def _line(series: Series, first: int) -> _Line:
@@ -218,14 +218,14 @@ def _line(series: Series, first: int) -> _Line:
 
 def _steepest(series: Series) -> float:
     """The steepest rise of a stretch that ends at the last reading, in standard errors."""
-    jitter = _jitter(series)
+    noise = jitter(series)
     lines = (_line(series, first) for first in range(len(series.losses) - _LEAST + 1))
-    return max((line.slope / line.error(jitter) for line in lines), default=0.0)
+    return max((line.slope / line.error(noise) for line in lines), default=0.0)
 
 
 def _boundary(count: int) -> float:
     """The standard errors that a rise must have at the `count`th reading."""
-    return 6.5 + 8 / (count - 4)
+    return 7 + 8 / (count - 4)
 
 
 def _rises(series: Series) -> bool:
@@ -315,19 +315,20 @@ def _change(series: Series, *, since: int) -> str:
 
 def _settled(readings: Series, training: Series, *, setup: Setup) -> Verdict:
     """Flat, still learning, or neither shown, by the last third of the readings."""
-    count, jitter = len(readings.losses), _jitter(readings)
+    count, noise = len(readings.losses), jitter(readings)
     recent = count - max(FEWEST, math.ceil(count / 3))
-    fall, error = _fall(readings, recent, jitter=jitter)
+    fall, error = _fall(readings, recent, noise=noise)
     fallen = max(readings.losses) - min(readings.losses)
-    limit = max(WORTH, 0.02 * fallen)
+    limit = min(max(WORTH, 0.02 * fallen), 3 * WORTH)
     best = readings.steps[readings.best]
     since = readings.steps[recent]
     told = f"evaluation loss fell {fall:.3f} ± {_TWO * error:.3f} nats per token"
     if fall + _TWO * error < limit and fall > -limit:
         first = _flat_from(readings, recent, limit=limit)
         level = sum(readings.losses[first:]) / (count - first)
+        width = max(abs(loss - level) for loss in readings.losses[first:])
         evidence = (
-            f"evaluation loss has stayed within {max(limit, _TWO * jitter):.3f} of {level:.3f} "
+            f"evaluation loss has stayed within {width:.3f} of {level:.3f} "
             f"nats per token for {_readings(count - first)}"
         )
         advice = _more(readings, training, setup=setup)
@@ -345,15 +346,15 @@ def _settled(readings: Series, training: Series, *, setup: Setup) -> Verdict:
     )
 
 
-def _fall(series: Series, first: int, *, jitter: float) -> tuple[float, float]:
+def _fall(series: Series, first: int, *, noise: float) -> tuple[float, float]:
     """By how much a line through the readings from `first` on falls, and its standard error."""
     line, length = _line(series, first), series.steps[-1] - series.steps[first]
-    return -line.slope * length, line.error(jitter) * length
+    return -line.slope * length, line.error(noise) * length
 
 
 def _flat_from(series: Series, first: int, *, limit: float) -> int:
     """The first reading from which a line to the last one falls by no more than `limit`."""
-    while first > 0 and abs(_fall(series, first - 1, jitter=0.0)[0]) < limit:
+    while first > 0 and abs(_fall(series, first - 1, noise=0.0)[0]) < limit:
         first -= 1
     return first
 
