@@ -55,6 +55,14 @@ def test_train_then_generate(tiny_llama: Path, rows: Path, tmp_path: Path) -> No
     contract = json.loads((out / "lorafit.json").read_text())
     assert contract["shape"] == "chat" and contract["stop_ids"] and contract["base"]
 
+    page = (out / "report.html").read_text()
+    assert "finished after step 2" in page
+    assert "DataAudited" in events and "rows.jsonl: 20 rows" in page
+    (out / "report.html").unlink()
+    told = invoke("report", out)
+    assert told.exit_code == 0 and "too few points to say" in told.output
+    assert (out / "report.html").read_text() and str(out / "report.html") in told.output
+
     answered = invoke(
         "generate", "--adapter", out, "--prompt", "Who is 3?", "--max-new-tokens", 5, "--compare"
     )
@@ -125,6 +133,12 @@ def test_unknown_flags_and_keys_name_the_nearest(tmp_path: Path) -> None:
 def test_generate_refuses_what_is_no_adapter(tmp_path: Path) -> None:
     done = invoke("generate", "--adapter", tmp_path, "--prompt", "hello")
     assert done.exit_code == 2 and "is no adapter" in done.output
+
+
+def test_report_names_what_holds_no_run(tmp_path: Path) -> None:
+    done = invoke("report", tmp_path)
+    assert done.exit_code == 2 and "holds no run that can be read" in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_evaluation_can_be_turned_off(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:

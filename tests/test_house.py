@@ -125,7 +125,7 @@ STEP_PATH: tuple[str, ...] = (
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 520, 86  # docs/decisions/0009-proof-and-watch.md
+STEP_CODE, STEP_BRANCHES = 520, 88  # docs/decisions/0009-proof-and-watch.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.

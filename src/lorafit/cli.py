@@ -20,7 +20,7 @@ import typer
 from rich.console import Console as Terminal
 
 from lorafit import config
-from lorafit.arguments import PANELS, PYTHON_ONLY
+from lorafit.arguments import PANELS, PYTHON_ONLY, TrainingArguments
 from lorafit.errors import ConfigError, LorafitError, TrainingInterrupted, UsageError, shown
 from lorafit.panel import Knob
 from lorafit.run.signals import leave
@@ -197,6 +197,35 @@ def practice(
     if promote:
         prepared.trainer.resume_command = _resume_command()
         prepared.run()
+
+
+@app.command()
+@_exits
+def report(
+    folders: Annotated[
+        list[Path] | None, typer.Argument(help="Output folders of runs; several side by side.")
+    ] = None,
+    *,
+    output: Annotated[
+        Path | None, typer.Option(help="Where to write it: report.html in the run's folder.")
+    ] = None,
+) -> None:
+    """The verdict on a run, and its page with plots: lorafit report FOLDER
+
+    Of several runs, one page side by side: report.html where you are."""
+    from lorafit.run import report as pages
+    from lorafit.run.store import JOURNAL, REPORT
+
+    here = Path() if Path(JOURNAL).is_file() else Path(TrainingArguments.knobs["output_dir"].recipe)
+    named = folders or [here]
+    target = output or (named[0] / REPORT if len(named) == 1 else Path(REPORT))
+    terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
+    for run in pages.write(named, target):
+        name = f"{run.folder}: " if len(named) > 1 else ""
+        terminal.print(shown(f"{name}{run.verdict}"), markup=False)
+        for text in run.left_out:
+            terminal.print(shown(f"{name}{text}"), markup=False)
+    terminal.print(shown(str(target)), markup=False)
 
 
 def _resume_command() -> str:

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 
 Reason = Literal["finished", "stopped", "interrupted", "non-finite", "out-of-memory"]
 """Why a run ended."""
+PROBE = "probe"
+"""The name under which the training examples are evaluated that the evaluation set is held to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,10 @@ class Evaluated:
     """One evaluation: `loss` in nats per supervised token, summed in float64, divided once.
 
     `occasion` is "asked" for `eval_strategy` and `Trainer.evaluate`, "reading" for the automatic
-    ones that a script gets by passing an evaluation set alone.
+    ones that a script gets by passing an evaluation set alone. The evaluation set is "eval", the
+    fixed training examples that are evaluated like it are `PROBE`. `nats` are the summed nats of
+    each example, or group of examples, always of the same ones, and `tokens` their supervised
+    tokens; empty where they were not kept.
     """
 
     name: str
@@ -112,6 +117,37 @@ class Evaluated:
     examples: int
     seconds: float
     occasion: Literal["asked", "reading"]
+    nats: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DataAudited:
+    """What a run learns from: lines of the data report, those of them that would hurt, and one
+    example in pieces of text, each learned or not."""
+
+    lines: tuple[str, ...]
+    harms: tuple[str, ...] = ()
+    example: tuple[tuple[str, bool], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What the adapter answers to a prompt of the evaluation set, and what was `expected`."""
+
+    step: int
+    prompt: str
+    answer: str
+    expected: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPeak:
+    """The most memory held since the last such event, and what was planned (0: nothing was)."""
+
+    step: int
+    bytes: int
+    planned_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,11 +174,14 @@ class RunEnded:
 Event: TypeAlias = (
     RunStarted
     | Notice
+    | DataAudited
     | StepEnd
     | Logged
     | StepSkipped
     | OutOfMemory
     | Evaluated
+    | Sampled
+    | MemoryPeak
     | Saved
     | RunEnded
 )

@@ -20,23 +20,24 @@ from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
 from lorafit.errors import ConfigError
-from lorafit.events import Event, RunEnded, RunStarted
+from lorafit.events import DataAudited, Event, RunEnded, RunStarted
 from lorafit.model import adapters, base
 from lorafit.rehearsal import Helpers
 from lorafit.run import store
 from lorafit.run.practice import PRACTICE, Finding, Practice, forecast_kept
+from lorafit.run.report import Page
 from lorafit.trainer import Trainer
 
 
 @dataclass(frozen=True)
 class Job:
-    """A trainer, and lines for a person about what was learnt on the way to it; `found` is what the
-    data's report says, for a practice run."""
+    """A trainer, and lines for a person about what was learnt on the way to it; `audited` is what
+    the journal keeps of the data report."""
 
     trainer: Trainer
     settings: Settings
     notes: tuple[str, ...]
-    found: tuple[Finding, ...]
+    audited: DataAudited
 
     def run(self) -> Path:
         """Train, with config.yaml beside the journal, and save the final adapter; its folder."""
@@ -46,6 +47,7 @@ class Job:
             if arguments.overwrite:
                 store.clear_run(folder)
             self.trainer.observers += [self._keep_settings, self._hold_to_forecast]
+            self.trainer.observers.followers.append(Page(folder, say=self.trainer.observers.say))
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))
@@ -55,7 +57,8 @@ class Job:
         """Try it all on a few hundred rows; interrupted in another process, and loaded again over
         a second copy of the base where memory allows."""
         self.trainer.observers.say(*self.notes)
-        return self.trainer.practice(Helpers(self._killed, self._reloaded, self.found))
+        found = tuple(Finding("data", "note", harm) for harm in self.audited.harms)
+        return self.trainer.practice(Helpers(self._killed, self._reloaded, found))
 
     def _killed(self, checkpoint: Path, folder: Path, *, steps: int) -> bool:
         """Let a process go on from `checkpoint` in `folder`, and kill it once it has saved."""
@@ -92,6 +95,7 @@ class Job:
         if isinstance(event, RunStarted):
             file = Path(self.settings.training.output_dir) / store.SETTINGS
             store.write_whole(file, dump(self.settings).encode())
+            self.trainer.observers.tell(self.audited)
 
 
 def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> Job:
@@ -127,8 +131,9 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
         "data": {"sources": list(report.sources), "sha256": data.fingerprint},
         "lorafit": version("lorafit"),
     }
-    found = tuple(Finding("data", "note", harm) for harm in report.harms)
-    return Job(trainer, settings, (*report.summary(), *settings.notices), found)
+    said = tuple(text for text in report.summary() if not text.startswith("would hurt: "))
+    audited = DataAudited(said, report.harms, report.shown)
+    return Job(trainer, settings, (*report.summary(), *settings.notices), audited)
 
 
 def _check_evaluation(data: Sets, settings: Settings) -> None:

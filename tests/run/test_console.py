@@ -17,7 +17,7 @@ from lorafit.events import (
     StepSkipped,
 )
 from lorafit.run import console as room
-from lorafit.run.console import Console, counting
+from lorafit.run.console import Console, Shown, counting, sparkline
 
 STARTED = RunStarted(1200, 16, 4, 4, 1, 75, 5, 1.0, 100, 10_000, "cpu", "fp32", "as_given")
 STEP = StepEnd(6, 0.5, 1.25, 2.0, 0.1, 100, 50, 0.5)
@@ -61,7 +61,7 @@ def test_a_step_is_drawn_not_printed() -> None:
     assert "6/75" not in shown(STARTED, STEP, ENDED)
     assert "6/75" not in shown(STARTED, STEP, ENDED, terminal=True)
     live = shown(STARTED, STEP, ENDED, live=True, terminal=True)
-    assert "6/75" in live and "loss 1.2500 · 200 tokens/s" in live
+    assert "6/75" in live and "loss 1.2500 (mean 1.2500)" in live and "200 tokens/s" in live
 
 
 @pytest.mark.parametrize(
@@ -77,3 +77,19 @@ def test_rows_are_counted_where_there_is_a_terminal(
     with counting("rows") as moved:
         moved(1_000, total)
     assert seen in file.getvalue() if seen else not file.getvalue()
+
+
+def test_the_bar_says_what_matters() -> None:
+    shown_, told = Shown(), ""
+    for number in range(1, 61):
+        told = shown_.after(StepEnd(number, 0.5, 3 - number / 30, 2.0, 1e-4, 100, 50, 0.5))
+    assert "loss 1.0000 (mean 1.5" in told and "lr 1.0e-04 · norm 2 · 200 tokens/s" in told
+    assert told.startswith("█") and "▁ loss" in told and "eval" not in told
+    shown_.evaluation = 1.25
+    nan = shown_.after(StepEnd(61, 0.5, float("nan"), 2.0, 1e-4, 100, 50, 0.5))
+    assert "loss nan (mean 1.5" in nan and "eval 1.2500" in nan
+
+
+def test_a_sparkline_is_as_high_as_its_values() -> None:
+    assert sparkline([]) == "" and sparkline([2.0, 2.0]) == "▁▁"
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█" and len(sparkline([1.0] * 99)) == 16

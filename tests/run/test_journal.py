@@ -8,8 +8,18 @@ from pathlib import Path
 import pytest
 
 from lorafit.errors import OutputError
-from lorafit.events import Event, Logged, Notice, RunEnded, RunStarted, Saved, StepSkipped
-from lorafit.run.journal import Journal
+from lorafit.events import (
+    DataAudited,
+    Evaluated,
+    Event,
+    Logged,
+    Notice,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepSkipped,
+)
+from lorafit.run.journal import Journal, read_events
 
 STARTED = RunStarted(9, 4, 2, 2, 1, 9, 0, 1.0, 1, 2, "cpu", "fp32", "as_given")
 
@@ -122,3 +132,47 @@ def test_a_journal_that_cannot_be_synced_is_said(
         with pytest.raises(OutputError, match=r"journal\.jsonl cannot be written"):
             journal.synced()
     journal.close()
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    told: list[Event] = [
+        STARTED,
+        Notice("größer"),
+        DataAudited(("a",), (), (("x", True), ("y", False))),
+        StepSkipped(3, float("inf"), 2.0, (4, 5)),
+        Evaluated("eval", 3, 1.0, 2.5, 9, 3, 0.5, "asked", (1.0, 2.5), (4, 5)),
+        RunEnded(3, 1.0, 1.0, 1.0, "finished"),
+    ]
+    write(tmp_path, *told)
+    assert read_events(tmp_path / "journal.jsonl") == (told, [])
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "journal.jsonl"
+    good = {
+        "event": "Evaluated",
+        "name": "eval",
+        "step": 1,
+        "epoch": 1,
+        "loss": "nan",
+        "seconds": 1,
+    }
+    good |= {"supervised_tokens": 3, "examples": 3, "occasion": "asked", "from_a_later_version": 1}
+    lines = [
+        json.dumps(good),
+        '{"event": "Dreamt", "step": 1}',
+        '{"event": "StepEnd", "step": 1}',
+        '{"event": "Notice", "text": 3}',
+        '{"event": "Saved", "path": "x", "step": true, "bytes": 1}',
+        "[1]",
+        "",
+        '{"event": "StepEnd", "st',
+    ]
+    file.write_bytes("\n".join(lines).encode() + b"\xff")
+    events, left_out = read_events(file)
+    assert [type(event).__name__ for event in events] == ["Evaluated"]
+    said = " ".join(left_out)
+    assert "unknown event 'Dreamt'" in said and "StepEnd without epoch" in said
+    assert "Notice with a field" in said and "Saved with a field" in said and "3 lines" in said
+    file.write_text("")
+    assert read_events(file) == ([], ["the journal is empty"])

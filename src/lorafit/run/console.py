@@ -3,8 +3,10 @@
 Observes events and nothing else; the only place in `run` that writes to the terminal.
 """
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from rich.console import Console as Terminal
 from rich.progress import (
@@ -32,6 +34,8 @@ from lorafit.events import (
     StepSkipped,
 )
 from lorafit.run.practice import Practice
+
+_BLOCKS, _WIDE = "▁▂▃▄▅▆▇█", 16
 
 
 @contextmanager
@@ -120,6 +124,44 @@ def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
     return made
 
 
+@dataclass
+class Shown:
+    """What the bar says besides the step. Mutable: the `smooth` loss, corrected at its start as
+    Adam's moments are, over some twenty steps; its `curve`, a value for each step, thinned to half
+    where it grows too long; the last `evaluation` loss."""
+
+    smooth: float = 0.0
+    weight: float = 0.0
+    curve: list[float] = field(default_factory=list[float])
+    evaluation: float | None = None
+
+    def after(self, event: StepEnd) -> str:
+        """The text after a step: losses, learning rate, gradient norm, speed, and the curve."""
+        if math.isfinite(event.loss):
+            self.smooth += (event.loss - self.smooth) * 0.05
+            self.weight += (1 - self.weight) * 0.05
+            self.curve.append(self.smooth / self.weight)
+        if len(self.curve) >= 2 * _WIDE:
+            self.curve = self.curve[1::2]
+        mean = f" (mean {self.curve[-1]:.4f})" if self.curve else ""
+        read = "" if self.evaluation is None else f" · eval {self.evaluation:.4f}"
+        return (
+            f"{sparkline(self.curve)} loss {event.loss:.4f}{mean}{read} · "
+            f"lr {event.learning_rate:.1e} · norm {event.gradient_norm:.2g} · "
+            f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
+        )
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """One character for each value, the last ones where they are many: higher for more."""
+    late = values[-_WIDE:]
+    low, high = min(late, default=0.0), max(late, default=0.0)
+    steps = len(_BLOCKS) - 1
+    return "".join(
+        _BLOCKS[round((value - low) / (high - low) * steps) if high > low else 0] for value in late
+    )
+
+
 class Console:
     """Call it with each event.
 
@@ -132,6 +174,7 @@ class Console:
         self._live = live and self._terminal.is_terminal
         self._bar = Progress(disable=True)
         self._task = self._bar.add_task("")
+        self._shown = Shown()
 
     def __call__(self, event: Event) -> None:
         """Print the event's line, if it has one, or move the bar."""
@@ -147,6 +190,8 @@ class Console:
             return
         if isinstance(event, RunEnded):
             self._bar.stop()
+        if isinstance(event, Evaluated):
+            self._shown.evaluation = event.loss
         text = line(event)
         if text:
             self._terminal.print(shown(text), markup=False)
@@ -166,7 +211,7 @@ class Console:
         self._bar.start()
 
     def _move_bar(self, event: StepEnd) -> None:
-        told = f"loss {event.loss:.4f} · {event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
+        told = self._shown.after(event) if self._live else ""
         self._bar.update(self._task, completed=event.step, description=told)
 
 

@@ -6,10 +6,11 @@ Knows how to write and read lines; draws no conclusions.
 import json
 import math
 import os
+from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from lorafit.events import Event
 from lorafit.run.store import JOURNAL, make_folder, refusal, write_whole, writing
@@ -107,3 +108,64 @@ def _event(line: bytes) -> dict[str, Any]:
 
 def _saves(event: dict[str, Any], name: str) -> bool:
     return event.get("event") == "Saved" and Path(event["path"]).name == name
+
+
+# ---- reading -----------------------------------------------------------------------------------
+
+
+def read_events(path: Path) -> tuple[list[Event], list[str]]:
+    """Every event that a line of `path` holds, in order, and a line of prose for all that was left
+    out: lines cut short, events that this version does not know, fields that are not what they
+    should be. A field that an older version did not write has its default.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+    """
+    kinds: dict[str, Any] = {kind.__name__: kind for kind in get_args(Event)}
+    found: list[Event] = []
+    left_out = Counter[str]()
+    for line in path.read_bytes().splitlines():
+        name = ""
+        try:
+            told = dict(json.loads(line))
+            name = str(told.get("event"))
+            found.append(_made(kinds[name], told))
+        except KeyError as unknown:
+            what = unknown.args[0]
+            left_out[f"{name} without {what}" if name in kinds else f"unknown event {name!r}"] += 1
+        except (ValueError, TypeError, RecursionError, OverflowError):
+            left_out[f"{name} with a field that is none of its kind" if name else "cut short"] += 1
+    lines = [
+        f"{count} line{'s' if count > 1 else ''} left out: {why}" for why, count in left_out.items()
+    ]
+    return found, lines if found or lines else ["the journal is empty"]
+
+
+def _made(kind: Any, told: dict[str, Any]) -> Event:
+    """The event of this kind. Raises KeyError for a field that is not there, ValueError or
+    TypeError for one of another kind."""
+    known = {field.name: field for field in fields(kind)}
+    given = {
+        name: _of_kind(told[name], field.type)
+        for name, field in known.items()
+        if name in told or field.default is MISSING
+    }
+    return kind(**given)
+
+
+def _of_kind(value: Any, kind: Any) -> Any:
+    """`value` as the annotation `kind` of an event's field says."""
+    inner = get_args(kind)
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(value)
+        many = inner[:1] * len(value) if Ellipsis in inner else inner
+        return tuple(_of_kind(item, of) for item, of in zip(value, many, strict=True))
+    if get_origin(kind) is Literal:
+        return str(value)
+    if type(None) in inner:
+        return None if value is None else _of_kind(value, inner[0])
+    # a float that is not finite was written as a string; a whole one may be without its point
+    if kind is not float and type(value) is not kind:
+        raise ValueError(value)
+    return kind(value)

@@ -4,7 +4,7 @@ Owns the list of observers and how an event is made from what the trainer knows.
 """
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from itertools import product
 from typing import Any, Literal
@@ -20,11 +20,19 @@ Observer = Callable[[Event], None]
 
 
 class Observers(list[Observer]):
-    """The observers in order; add and remove them as in any list."""
+    """The observers in order; add and remove them as in any list.
+
+    Attributes:
+        followers: Told after all others, so that what they read of the run is written.
+    """
+
+    def __init__(self, given: Iterable[Observer] = ()) -> None:
+        super().__init__(given)
+        self.followers: list[Observer] = []
 
     def tell(self, *events: Event) -> None:
         """Tell all of them each event, in order."""
-        for event, observer in product(events, self):
+        for event, observer in product(events, [*self, *self.followers]):
             observer(event)
 
     @contextmanager

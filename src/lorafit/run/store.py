@@ -28,9 +28,9 @@ from lorafit.errors import OutputError
 
 MANIFEST, CARD = "MANIFEST.json", "README.md"
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-JOURNAL, SETTINGS = "journal.jsonl", "config.yaml"
+JOURNAL, SETTINGS, REPORT = "journal.jsonl", "config.yaml", "report.html"
 _ADAPTER = "adapter"
-_OURS = "|".join([CHECKPOINT.pattern, _ADAPTER, *map(re.escape, (JOURNAL, SETTINGS))])
+_OURS = "|".join([CHECKPOINT.pattern, _ADAPTER, *map(re.escape, (JOURNAL, SETTINGS, REPORT))])
 _BESIDE = re.compile(rf"\.({_OURS})\.(partial|replaced|deleted)-(\d+)")
 _MADE_WITH = ("lorafit", "torch", "transformers", "peft")
 
