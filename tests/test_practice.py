@@ -16,6 +16,7 @@ from lorafit.errors import ConfigError
 from lorafit.events import StepEnd
 from lorafit.run import practice
 from lorafit.run.practice import Finding, Practice, change, forecast
+from lorafit.run.report import render_practice
 from tests.tiny import adapter, arguments, events_of, llama, plain, same
 
 END = 2
@@ -61,9 +62,10 @@ def test_a_good_run_may_start_and_nothing_is_left_of_its_practice(tmp_path: Path
     assert "differ by 0.0e+00" in finding(found, "loading").said
     assert same(before, adapter(trainer))
     written = tmp_path / "practised"
-    assert sorted(path.name for path in written.iterdir() if path.suffix != ".lock") == [
-        "practice.json"
-    ]
+    assert {path.name for path in written.iterdir() if path.suffix != ".lock"} == {
+        "practice.json",
+        "practice.html",
+    }
     assert json.loads((written / "practice.json").read_text())["go"] is True
     trainer.train()
     assert same(adapter(plainly), adapter(trainer)), "practice moved the random state"
@@ -133,6 +135,20 @@ def test_it_keeps_to_its_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(rehearsal, "SECONDS", 0.0)
     monkeypatch.setattr(rehearsal, "SHARE", 0.0)
     assert len(trainer.practice().curve) == rehearsal.LEAST_STEPS
+
+
+def test_its_page_holds_nothing_that_could_run(tmp_path: Path) -> None:
+    trap = "<script>alert(1)</script>"
+    shown = Practice(
+        findings=(Finding("stopping", "stop", f"it said {trap}", trap),),
+        pieces=((trap, True), ("\x1b[31m", False)),
+        curve=(3.0, 2.0),
+        time=forecast([(10, 1.0)], steps_to_come=5, besides=0.0),
+        disk=1,
+    )
+    page = render_practice(shown)
+    assert trap not in page and "&lt;script&gt;alert" in page
+    assert "Do not start the full run yet: stopping." in page
 
 
 # ---- judgement

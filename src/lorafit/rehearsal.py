@@ -13,7 +13,7 @@ import copy
 import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from shutil import rmtree
@@ -161,7 +161,8 @@ class _Rehearsal:
             return self._made(step, told, reading=before)
         trained = _clones(adapters.adapter_state(self.model))
         after = self.read(rows)
-        self._judge(practice.change(before.nats, after.nats, supervised=before.supervised), told)
+        measured = practice.change(before.nats, after.nats, supervised=before.supervised)
+        self._judge(measured, told)
         still = {name for name, tensor in trained.items() if torch.equal(tensor, fresh[name])}
         self._check_gradients(_Step.of(first), still)
         self.say("killing, resuming and loading it again")
@@ -170,7 +171,7 @@ class _Rehearsal:
         self._check_loading(first, step)
         self._check_stopping(step)
         self._check_memory(told)
-        return self._made(step, told, reading=after)
+        return replace(self._made(step, told, reading=after), change=measured)
 
     def say(self, line: str) -> None:
         """Tell a person what is being tried."""

@@ -38,8 +38,9 @@ from lorafit.run.checkpoint import Kept
 from lorafit.run.console import show_practice
 from lorafit.run.journal import Journal
 from lorafit.run.observers import evaluated, watching_gradients
-from lorafit.run.practice import PRACTICE, Practice
+from lorafit.run.practice import PRACTICE, PRACTICE_PAGE, Practice
 from lorafit.run.progress import Ended, Progress
+from lorafit.run.report import render_practice
 from lorafit.run.signals import Asked, Signals, listening
 from lorafit.session import Session, Watch
 
@@ -105,7 +106,7 @@ class Trainer(Hooks):
 
         Returns:
             The findings; `go` is False where one of them says to change something first. They are
-            shown, and written to practice.json in `output_dir`.
+            shown, and written to practice.json and practice.html in `output_dir`.
 
         Raises:
             ConfigError: the training set cannot be counted.
@@ -113,7 +114,9 @@ class Trainer(Hooks):
         """
         with self.holding_output():
             found = rehearse(self, helpers)
-            store.write_json(Path(self._settings.output_dir) / PRACTICE, found.as_dict())
+            folder = Path(self._settings.output_dir)
+            store.write_json(folder / PRACTICE, found.as_dict())
+            store.write_whole(folder / PRACTICE_PAGE, render_practice(found).encode())
         show_practice(found)
         return found
 

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from lorafit.events import Event, OutOfMemory
 
 Mark = Literal["good", "note", "stop"]
-PRACTICE = "practice.json"
-"""What was found, beside the run's other files."""
+PRACTICE, PRACTICE_PAGE = "practice.json", "practice.html"
+"""What was found, beside the run's other files, for programmes and for people."""
 SURE = 2.0
 """Standard errors beyond which a change is taken for one."""
 WIDE = 1.96
@@ -288,7 +288,12 @@ def stopping(answers: int, learned: int, *, stopped: bool | None, shown: str) ->
     if stopped is None:
         return Finding("stopping", "note", f"{taught}; nothing was generated.")
     said = f"{taught}; a generated answer {'stops' if stopped else 'does not stop'} by itself"
-    return Finding("stopping", "good" if stopped else "note", f"{said}: {shown!r}")
+    cut = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    return Finding("stopping", "good" if stopped else "note", f"{said}: {cut!r}")
+
+
+_SHOWN = 120
+"""Characters of an answer."""
 
 
 @dataclass(frozen=True)
@@ -299,6 +304,7 @@ class Practice:
         findings: In the order in which they are shown.
         pieces: One example in pieces: text, and whether it is learned.
         curve: The loss of each step, nats per supervised token.
+        change: The same on held-out rows, before and after; None where training came to no end.
         time: Of the full run.
         disk: Bytes of the full run at most.
         facts: What was practised on: steps, rows and the like, for people.
@@ -310,6 +316,7 @@ class Practice:
     time: Forecast
     disk: int
     facts: tuple[str, ...] = ()
+    change: Change | None = None
 
     @property
     def go(self) -> bool:

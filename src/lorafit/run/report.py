@@ -9,12 +9,12 @@ import base64
 import hashlib
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from lorafit.events import (
     DataAudited,
@@ -29,6 +29,8 @@ from lorafit.events import (
     StepSkipped,
 )
 from lorafit.run import figures, record, store
+from lorafit.run.figures import Figure, Line
+from lorafit.run.practice import Practice
 from lorafit.run.record import Record
 
 PLOTTING = "1.6.32"
@@ -168,22 +170,69 @@ def _differing(runs: Sequence[Record]) -> list[tuple[str, list[str]]]:
 def render(runs: Sequence[Record]) -> str:
     """The page of one run, or of several side by side."""
     drawn = figures.of_run(runs[0]) if len(runs) == 1 else figures.of_runs(runs)
+    mark = " ".join(f"{len(run.events)}.{run.last_step}" for run in runs)
+    shown = [_told_of(run) for run in runs]
+    return _page(
+        "report.html.j2",
+        drawn,
+        name=" and ".join(run["name"] for run in shown),
+        source="journal.jsonl",
+        mark="" if all(run.ended for run in runs) else mark,
+        shown={"runs": shown, "differing": _differing(runs)},
+    )
+
+
+def render_practice(found: Practice) -> str:
+    """The page of a practice run."""
+    steps = range(1, len(found.curve) + 1)
+    lines = [Line("training loss", steps, found.curve, colour="smooth")]
+    if found.change:
+        ends = [found.change.before, found.change.after]
+        lines.append(Line("held-out rows", [0, len(steps)], ends, colour="eval"))
+    told = f"{len(steps)} steps of the run's own settings, its schedule within them."
+    drawn = [Figure("loss", "Loss", "nats per token", lines, told=told, tall=True)]
+    return _page(
+        "practice.html.j2",
+        drawn if found.curve else [],
+        name="practice run",
+        source="the practice run",
+        shown={"found": found},
+    )
+
+
+def _page(
+    template: str,
+    drawn: Sequence[Figure],
+    *,
+    shown: Mapping[str, Any],
+    name: str,
+    source: str,
+    mark: str = "",
+) -> str:
+    """A template in its frame, with style, plots and scripts.
+
+    Args:
+        mark: Changes with what is shown, while that may still change; else empty.
+    """
     page, library = files("lorafit.run") / "page", files("lorafit.assets") / "uplot"
     scripts = [
         (library / "uPlot.iife.min.js").read_text(encoding="utf-8"),
         (page / "report.js").read_text(encoding="utf-8"),
     ]
     styles = [library / "uPlot.min.css", page / "report.css"]
-    ended = all(run.ended for run in runs)
-    mark = " ".join(f"{len(run.events)}.{run.last_step}" for run in runs)
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    environment = Environment(
+        loader=FunctionLoader(lambda part: (page / part).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
     environment.filters["capitalised"] = _capitalised
-    return environment.from_string((page / "report.html.j2").read_text(encoding="utf-8")).render(
-        runs=[_told_of(run) for run in runs],
+    return environment.get_template(template).render(
+        **shown,
+        name=name,
+        source=source,
         figures=drawn,
-        differing=_differing(runs),
-        ended=ended,
-        told={"figures": [f.as_told() for f in drawn], "ended": ended, "mark": mark},
+        told={"figures": [f.as_told() for f in drawn], "ended": not mark, "mark": mark},
         style="\n".join(style.read_text(encoding="utf-8") for style in styles),
         scripts=scripts,
         policy=[_hash(script) for script in scripts],
