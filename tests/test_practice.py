@@ -12,6 +12,7 @@ from torch import nn
 import lorafit
 from lorafit import rehearsal
 from lorafit.data.collate import PadCollator
+from lorafit.engine import probe
 from lorafit.errors import ConfigError
 from lorafit.events import StepEnd
 from lorafit.run import practice
@@ -113,6 +114,19 @@ def test_a_planted_fault_is_found(name: str, tmp_path: Path) -> None:
     assert not found.go and title in {each.title for each in stops}, found.findings
     assert all(each.advice for each in stops), "whoever is stopped is told what to do"
     assert title in found.verdict
+
+
+def test_a_run_that_cannot_fit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the longest example takes is tried before anything is trained."""
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(probe, "peak", refuse)
+    found = made(tmp_path).practice()
+    assert not found.go and finding(found, "longest").mark == "stop" and found.curve == ()
+    with pytest.raises(ConfigError, match="does not fit"):
+        made(tmp_path, memory_limit="1MB").practice()
 
 
 def test_a_stream_cannot_be_practised_on(tmp_path: Path) -> None:

@@ -54,6 +54,7 @@ class Packing:
         drawn: The counters of the micro-batch that is run.
         notices: Lines for a person: why not, or what runs the layers.
         per_token: Bytes that a token keeps for backward; 0: not known.
+        planned: Bytes of the whole run at its peak; 0: not known.
     """
 
     runner: Runner | None = None
@@ -63,6 +64,7 @@ class Packing:
     drawn: Drawn = field(default_factory=Drawn)
     notices: tuple[str, ...] = ()
     per_token: int = 0
+    planned: int = 0
 
     @property
     def layout(self) -> str:
@@ -151,7 +153,14 @@ def choose(
         notices = (*notices, _EMULATED)
     notices = (*notices, *decided.notices)
     return Packing(
-        found, decided.tokens, decided.recompute, seed, drawn, notices, decided.per_token
+        found,
+        decided.tokens,
+        decided.recompute,
+        seed,
+        drawn,
+        notices,
+        decided.per_token,
+        decided.planned,
     )
 
 
@@ -190,11 +199,13 @@ def _idle(arguments: TrainingArguments, *, packed: bool, fused: bool) -> tuple[s
 
 @dataclass(frozen=True)
 class _Decided:
-    """Tokens of a micro-batch, what backward makes again, and what a token keeps, in bytes."""
+    """Tokens of a micro-batch, what backward makes again; what a token keeps, and the whole run at
+    its peak, in bytes."""
 
     tokens: int
     recompute: str
     per_token: int
+    planned: int
     notices: tuple[str, ...] = ()
 
 
@@ -207,7 +218,7 @@ def _decided(
         work = _work(model, dtype, arguments=arguments, rows=rows, fused=fused)
     except ModelError as unknown:
         tokens = arguments.token_budget or memory.TOKENS["cpu"]
-        return _Decided(tokens, asked or "none", 0, (f"memory is not planned: {unknown.what}",))
+        return _Decided(tokens, asked or "none", 0, 0, (f"memory is not planned: {unknown.what}",))
     limit, held = _limit(arguments)
     try:
         plan = memory.choose(work, limit, held=held, tokens=arguments.token_budget, recompute=asked)
@@ -219,7 +230,8 @@ def _decided(
     if not memory.fits(plan, limit, held=held):
         said = (*said, "this is more than fits; leave token_budget and recompute out, and what "
                 "does is chosen", *limit.holders)  # fmt: skip
-    return _Decided(plan.tokens, plan.recompute, plan.per_token, said)
+    planned = memory.peak(plan, held)
+    return _Decided(plan.tokens, plan.recompute, plan.per_token, planned, said)
 
 
 def _work(
@@ -238,18 +250,18 @@ def _work(
         ranks=trained * each[1] // each[0],  # as if all projections had the same rank
         optim=arguments.optim,
         is_fused=fused,
-        longest=_longest(rows.training),
+        longest=max(lengths_of(rows.training), default=0),
         examples=arguments.effective_batch_size,
         evaluated=forecast.evaluated(arguments),
     )
 
 
-def _longest(rows: Any) -> int:
-    """Tokens of the longest example, where that is known without making it; else 0."""
+def lengths_of(rows: Any) -> list[int]:
+    """Tokens of each example, where that is known without making it; else empty."""
     if isinstance(rows, Chosen):
-        return max(int(stored.lengths[numbers].max()) for stored, numbers in rows.parts)
+        return [int(n) for stored, numbers in rows.parts for n in stored.lengths[numbers]]
     known = isinstance(rows, list) and all(isinstance(r, dict) and "input_ids" in r for r in rows)
-    return max((len(row["input_ids"]) for row in rows), default=0) if known else 0
+    return [len(row["input_ids"]) for row in rows] if known else []
 
 
 def resident_limit(arguments: TrainingArguments) -> int:

@@ -25,12 +25,12 @@ from rich.console import Console as Terminal
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lorafit import parts
+from lorafit import packing, parts
 from lorafit.data import loader
 from lorafit.data.loader import Loader
 from lorafit.data.shapes import IGNORE
 from lorafit.deploy.generate import GREEDY, go_on
-from lorafit.engine import room
+from lorafit.engine import probe, room
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole
 from lorafit.errors import ConfigError, ModelError, NonFiniteError, OutOfMemoryError
@@ -150,6 +150,8 @@ class _Rehearsal:
         steps, rows = self._size(step.seconds())
         before = self.read(rows)
         self.say(f"{steps} steps of {self.per_step} examples, {rows} rows held out")
+        if not self._check_longest():
+            return self._made(step, [], reading=before)
         first = self.copy("first", steps=steps)
         fresh, told = _clones(adapters.adapter_state(self.model)), self.events
         self._check_labels(step)
@@ -237,6 +239,28 @@ class _Rehearsal:
         seen = "" if self.unseen else " (rows that it trains on: there is no evaluation set)"
         self.findings.append(Finding(found.title, found.mark, found.said + seen, found.advice))
 
+    def _check_longest(self) -> bool:
+        """Forward and backward of the largest micro-batch that the full run can meet; whether it
+        fits."""
+        rows = self.trainer.train_dataset
+        sizes = packing.lengths_of(rows) or [0] * len(self.train)
+        order = sorted(range(len(sizes)), key=lambda at: -sizes[at])[: self.per_step]
+        reader = self.copy("first", steps=LEAST_STEPS)
+        reader.train_dataset = Subset(rows if any(sizes) else self.train, order)
+        step = _Step.of(reader)
+        batch = max(step.laid_out(), key=lambda batch: batch.positions)
+        parts_of, objective = reader._packing, reader._objective()
+        try:
+            peak = probe.peak(self.model, objective, batch=batch, precision=self.trainer._precision)
+        except (RuntimeError, MemoryError) as error:
+            short = room.shortage(error)
+            if short is None:
+                raise
+            self.findings.append(practice.cut_off(batch.positions, short))
+            return False
+        self.findings.append(practice.longest(batch.positions, peak, planned=parts_of.planned))
+        return True
+
     def _check_labels(self, step: "_Step") -> None:
         rows = list(step.rows())
         learned = sum(int((labels[1:] != IGNORE).sum()) for _, labels in rows)
@@ -303,7 +327,7 @@ class _Rehearsal:
             end = next((at for at, token in enumerate(new) if token in stops), None)
             stopped = end is not None
             text = tokenizer.decode(new[:end], skip_special_tokens=True) if tokenizer else ""
-        self.findings.append(practice.stopping(len(ends), learned, stopped=stopped, shown=text))
+        self.findings.append(practice.stopping(len(ends), learned, stopped=stopped, text=text))
 
     def _check_memory(self, events: Sequence[Event]) -> None:
         device = self.trainer._device

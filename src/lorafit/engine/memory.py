@@ -303,8 +303,8 @@ def choose(
     found = next(fitting, None)
     if found is None and not (tokens or recompute):
         raise ConfigError(
-            f"This run does not fit: at the least it takes {shown(_peak(made[-1], held))}, "
-            f"{shown(_peak(made[-1], held) - limit.bytes * MARGIN)} more than {MARGIN:.0%} of "
+            f"This run does not fit: at the least it takes {shown(peak(made[-1], held))}, "
+            f"{shown(peak(made[-1], held) - limit.bytes * MARGIN)} more than {MARGIN:.0%} of "
             f"{shown(limit.bytes)} ({limit.why}).",
             why=["It would be stopped in the middle: by an out-of-memory error, or by the system.",
                  *limit.holders],
@@ -315,10 +315,10 @@ def choose(
 
 def fits(made: Plan, limit: Limit, *, held: int = 0) -> bool:
     """Whether it does, with a margin."""
-    return _peak(made, held) <= limit.bytes * MARGIN
+    return peak(made, held) <= limit.bytes * MARGIN
 
 
-def _peak(made: Plan, held: int) -> int:
+def peak(made: Plan, held: int) -> int:
     """The plan's total; more, where the process holds more than it says before the first step."""
     return made.total + max(0, held + made.copies - made.start)
 
@@ -386,7 +386,7 @@ def notice(made: Plan, limit: Limit, *, held: int = 0) -> str:
     """The plan in one line."""
     placed = f", the longest example {made.placed:,} alone" if made.placed > made.tokens else ""
     return (
-        f"memory: {_peak(made, held) / 1e9:.1f} of {limit.bytes / 1e9:.1f} GB planned "
+        f"memory: {peak(made, held) / 1e9:.1f} of {limit.bytes / 1e9:.1f} GB planned "
         f"({limit.why}); {made.tokens:,} tokens at a time{placed}, {AGAIN[made.recompute]}"
     )
 

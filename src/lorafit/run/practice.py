@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import Any, Literal
 
+from lorafit.amounts import shown
 from lorafit.events import Event, OutOfMemory
 
 Mark = Literal["good", "note", "stop"]
@@ -255,10 +256,33 @@ def loading(difference: float, *, fresh: bool) -> Finding:
     return Finding("loading", mark, f"{said}.", "The base in memory is not the one on disk.")
 
 
+def longest(tokens: int, peak: int | None, *, planned: int) -> Finding:
+    """The largest micro-batch that the run can meet, which fits.
+
+    Args:
+        peak: Bytes that it took above what was held before; None where the system does not say.
+        planned: Bytes of the whole run at its peak; 0: unknown.
+    """
+    took = f", takes {shown(peak)} more" if peak is not None else ""
+    plan = f"; {shown(planned)} are planned for the whole run" if planned else ""
+    return Finding("longest", "good", f"The largest part of a step, {tokens:,} tokens{took}{plan}.")
+
+
+def cut_off(tokens: int, message: str) -> Finding:
+    """The largest micro-batch does not fit."""
+    return Finding(
+        "longest",
+        "stop",
+        f"The largest part of a step, {tokens:,} tokens, does not fit: {message}",
+        f"Cut examples (--max-length {tokens // 2}), take --quantize nf4 or a smaller base; "
+        "lorafit plan says what each takes.",
+    )
+
+
 def memory(peak: int, events: Sequence[Event]) -> Finding:
     """What the steps took at most, in bytes, and whether they had to be made smaller."""
     short = [event for event in events if isinstance(event, OutOfMemory)]
-    said = f"Peak {peak / 1e9:.2f} GB."
+    said = f"The peak of the practised steps was {shown(peak)}."
     if not short:
         return Finding("memory", "good", said)
     return Finding(
@@ -269,7 +293,7 @@ def memory(peak: int, events: Sequence[Event]) -> Finding:
     )
 
 
-def stopping(answers: int, learned: int, *, stopped: bool | None, shown: str) -> Finding:
+def stopping(answers: int, learned: int, *, stopped: bool | None, text: str) -> Finding:
     """Whether answers are taught to stop, and whether a generated one does.
 
     Args:
@@ -288,7 +312,7 @@ def stopping(answers: int, learned: int, *, stopped: bool | None, shown: str) ->
     if stopped is None:
         return Finding("stopping", "note", f"{taught}; nothing was generated.")
     said = f"{taught}; a generated answer {'stops' if stopped else 'does not stop'} by itself"
-    cut = shown if len(shown) <= _SHOWN else f"{shown[:_SHOWN]}..."
+    cut = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     return Finding("stopping", "good" if stopped else "note", f"{said}: {cut!r}")
 
 
