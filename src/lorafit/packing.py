@@ -19,7 +19,7 @@ from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
 from lorafit.engine import graph, memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.precision import Precision, products
-from lorafit.model import base, lora
+from lorafit.model import base, lora, quantised
 from lorafit.model.documents import Leaks, Runner, States, runner
 from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
@@ -104,7 +104,8 @@ def choose(
         said = f"micro-batches are run as given: {leak}"
         return Packing(seed=seed, notices=(said, *_idle(arguments, packed=False, fused=False)))
     notices = (found.said, *_idle(arguments, packed=True, fused=found.fused))
-    if found.fused and precision.dtype is None and dtype != base.weights_dtype(model):
+    copied = found.fused and not quantised.packed(model)
+    if copied and precision.dtype is None and dtype != base.weights_dtype(model):
         notices = (*notices, _EMULATED)
     budget = _budget(model, dtype, arguments=arguments, fused=found.fused)
     return Packing(found, budget, seed, drawn, notices)
@@ -115,7 +116,7 @@ def _replaying(decoder: Decoder, *, arguments: TrainingArguments, model: nn.Modu
     halves = (torch.bfloat16, torch.float16)
     if arguments.device.type != "cuda" or decoder.dtype not in halves or not graph.wanted():
         return decoder
-    if decoder.recompute == "layer":
+    if decoder.recompute == "layer" or quantised.packed(model):  # not tried on a GPU
         return decoder
     shape = memory.Shape(**base.shape_of(model, decoder.dtype))
     per_token = memory.kept_bytes(shape, recompute=decoder.recompute)

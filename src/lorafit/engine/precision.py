@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from lorafit.arguments import TrainingArguments
 from lorafit.engine.layout import mapped
 from lorafit.errors import ConfigError
+from lorafit.model.base import Home
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ def native_bf16(device: torch.device) -> bool:
         has_amx = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and (has_avx512 or has_amx)
     return False
+
+
+def home(device: torch.device) -> Home:
+    """Where a quantised base is made, its products in bf16 where the device has it natively."""
+    return Home(device, torch.bfloat16 if native_bf16(device) else torch.float32)
 
 
 def products(precision: Precision, weights: torch.dtype) -> torch.dtype:
