@@ -69,6 +69,7 @@ FACTS: Final = {
     "base.model_type": "impossible",
     "base.parameters": "impossible",
     "optimizer": "impossible",
+    "optimizer.state": "changes",
 }
 """What a run is compared by besides its knobs -> the class of a difference; the longer name, with a
 part of the fact, goes first."""
