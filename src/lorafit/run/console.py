@@ -169,6 +169,11 @@ def line(event: Event) -> str:
                 f"gradient norm {event.gradient_norm:.3g}  "
                 f"learning rate {event.learning_rate:.2e}"
             )
+        case StepSkipped(overflow=True):
+            return (
+                f"step {event.step:>6}  NOT APPLIED: gradients overflowed float16; the scaler "
+                "halves its scale"
+            )
         case StepSkipped():
             return (
                 f"step {event.step:>6}  NOT APPLIED: loss {event.loss}, gradient norm "
