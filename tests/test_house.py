@@ -23,13 +23,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lorafit"
 
 # docs/decisions/0009-proof-and-watch.md
-FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 15_000, 22_500
+FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_400, 24_800
 ROOM_CODE = {  # "" is the files at the top, together
     "": 4_400,
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
-    "model": 2_150,
+    "model": 2_260,
     "kernels": 1_200,
-    "engine": 1_700,
+    "engine": 1_850,
     "run": 3_300,
     "deploy": 600,
     "assets": 250,

@@ -65,6 +65,10 @@ class ModelArguments(Panel):
         "Number format of the base; auto: as it was saved.",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
+    quantize: str = _model(
+        "", "Load the base's linear layers in 4 or 8 bits (bitsandbytes); empty: as they are.",
+        choices=("", "nf4", "int8"),
+    )  # fmt: skip
     attn_implementation: str = _model("", "Attention as transformers names it; empty: its choice.")
     trust_remote_code: str = _model(
         "", "Hub repository (org/name) whose Python code may run to load the base; empty: none."

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, get_args
+from typing import Annotated, Any, Literal, NoReturn, get_args
 
 import typer
 from rich.console import Console as Terminal
@@ -247,6 +247,10 @@ def generate(
     trust_remote_code: Annotated[
         str, typer.Option(help="Hub repository (org/name) whose Python code may run.")
     ] = "",
+    quantize: Annotated[
+        Literal["none", "nf4", "int8"] | None,
+        typer.Option(help="How the base is loaded; not said: as it was trained."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="At most this many tokens.", min=1)] = 256,
     temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.", min=0)] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling, where temperature is not 0.")] = 0,
@@ -257,7 +261,11 @@ def generate(
 
     terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     tuned = deploy.open_adapter(
-        adapter, base=base, accept=accept, trust_remote_code=trust_remote_code
+        adapter,
+        base=base,
+        accept=accept,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize or "",
     )
     sampling = deploy.Sampling(max_new_tokens, temperature, seed)
     answers = deploy.answer(tuned, prompt, sampling=sampling)

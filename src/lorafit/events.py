@@ -90,12 +90,14 @@ class StepSkipped:
     """A step whose loss or gradients were not finite: nothing was applied.
 
     `examples` are the positions in the training set that the step read (empty for streams).
+    `overflow`: its loss was finite under `fp16`, whose scaler goes on with half the scale.
     """
 
     step: int
     loss: float
     gradient_norm: float
     examples: tuple[int, ...]
+    overflow: bool = False
 
 
 @dataclass(frozen=True, slots=True)

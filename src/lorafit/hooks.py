@@ -265,7 +265,8 @@ class Hooks(Face):
         """Make `optimizer` where there is none: `optim`, or `optimizer_cls_and_kwargs`."""
         if self.optimizer is None:
             trained = self.model if model is None else model
-            made_by = parts.recipe(self._settings, self.optimizer_cls_and_kwargs)
+            given = self.optimizer_cls_and_kwargs
+            made_by = parts.recipe(self._settings, given, model=trained)
             if self._overrides().any_of("get_optimizer_cls_and_kwargs"):
                 made_by = Recipe(*self.get_optimizer_cls_and_kwargs(self.args, trained))
             self._optimizer_notice = made_by.notice

@@ -19,6 +19,7 @@ from lorafit.config import Settings, dump, load
 from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
+from lorafit.engine import precision
 from lorafit.errors import ConfigError
 from lorafit.events import DataAudited, Event, RunEnded, RunStarted
 from lorafit.model import adapters, base
@@ -109,10 +110,12 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
     """
     check_folder(settings)
     base.check_base(settings.model.model)
+    home = precision.home(settings.training.device)
+    base.check_quantised(settings.model, home)
     data, tokenizer = review.make_sets(settings, given)
     _check_evaluation(data, settings)
     report = review.audited(data, tokenizer, settings=settings)
-    model = base.load_model(settings.model)
+    model = base.load_model(settings.model, home)
     # the adapter's first weights are drawn here, before the trainer seeds its own run
     compat.set_seed(settings.training.seed, deterministic=settings.training.full_determinism)
     trainer = Trainer(

@@ -24,7 +24,7 @@ from lorafit.engine.limits import Limit
 from lorafit.engine.memory import Work
 from lorafit.engine.precision import Precision, products
 from lorafit.errors import ConfigError, ModelError
-from lorafit.model import base, lora
+from lorafit.model import base, lora, quantised
 from lorafit.model.documents import Faster, Leaks, Runner, runner
 from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
@@ -149,7 +149,8 @@ def choose(
         said = f"micro-batches are run as given: {leak}"
         return Packing(seed=seed, notices=(said, *_idle(arguments, packed=False, fused=False)))
     notices = (found.said, *_idle(arguments, packed=True, fused=found.fused))
-    if found.fused and precision.dtype is None and dtype != base.weights_dtype(model):
+    copied = found.fused and not quantised.packed(model)
+    if copied and precision.dtype is None and dtype != base.weights_dtype(model):
         notices = (*notices, _EMULATED)
     notices = (*notices, *decided.notices)
     return Packing(
@@ -169,7 +170,7 @@ def _replaying(decoder: Decoder, *, arguments: TrainingArguments, per_token: int
     halves = (torch.bfloat16, torch.float16)
     if arguments.device.type != "cuda" or decoder.dtype not in halves or not graph.wanted():
         return decoder
-    if decoder.recompute == "layer":
+    if decoder.recompute == "layer" or quantised.packed(decoder.decoder):  # not tried on a GPU
         return decoder
     return graph.Replaying(decoder, per_token=per_token)
 
@@ -246,6 +247,7 @@ def _work(
         device=device,
         weights=str(weights).removeprefix("torch."),
         products=str(dtype).removeprefix("torch."),
+        quantised=quantised.scheme(model) if quantised.packed(model) else "",
         trained=trained,
         ranks=trained * each[1] // each[0],  # as if all projections had the same rank
         optim=arguments.optim,

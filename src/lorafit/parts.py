@@ -303,9 +303,17 @@ def takes_count(compute_loss: Callable[..., Any]) -> bool:
     return "num_items_in_batch" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
-def recipe(arguments: TrainingArguments, given: tuple[Any, dict[str, Any]] | None) -> Recipe:
-    """The optimiser's class and keyword arguments: those `given`, else what `optim` names."""
-    return Recipe(*given) if given else optim.named(arguments, arguments.device)
+def recipe(
+    arguments: TrainingArguments,
+    given: tuple[Any, dict[str, Any]] | None,
+    *,
+    model: nn.Module | None = None,
+) -> Recipe:
+    """The optimiser's class and keyword arguments: those `given`, else what `optim` names, for
+    `model` where it is told."""
+    trained = (p for p in model.parameters() if p.requires_grad) if model is not None else ()
+    sizes = [parameter.numel() for parameter in trained]
+    return Recipe(*given) if given else optim.named(arguments, arguments.device, sizes=sizes)
 
 
 def optimizer(

@@ -40,11 +40,11 @@ from lorafit.model import adapters, base
 from lorafit.model.lora import counting_dropout
 from lorafit.run import practice, store
 from lorafit.run.callbacks import Callbacks
-from lorafit.run.checkpoint import random_state_kept
 from lorafit.run.console import Console
 from lorafit.run.observers import Observers
 from lorafit.run.practice import Change, Finding, Forecast, Practice
 from lorafit.run.signals import Signals
+from lorafit.run.trial import untouched
 
 ROWS, HELD_OUT = 500, 100
 LEAST_STEPS, LEAST_HELD_OUT = 4, 32
@@ -105,7 +105,7 @@ def rehearse(trainer: Hooks, helpers: Helpers) -> Practice:
             fix="Give a list or a map-style set.",
         )
     folder = store.make_folder(Path(trainer._settings.output_dir)) / FOLDER
-    with random_state_kept(), _put_back(trainer):
+    with untouched(trainer.model), _theirs_kept(trainer):
         try:
             return _Rehearsal(trainer, folder, helpers=helpers).run()
         finally:
@@ -472,40 +472,28 @@ def _held_out(trainer: Hooks) -> tuple[Any, bool]:
 
 
 @contextmanager
-def _put_back(trainer: Hooks) -> Generator[None]:
-    """Whatever happens inside, trained weights, modes, and an optimiser and a schedule of the
-    user's own are as before afterwards."""
-    model: nn.Module = trainer.model
-    before = _clones({n: p for n, p in model.named_parameters() if p.requires_grad})
+def _theirs_kept(trainer: Hooks) -> Generator[None]:
+    """An optimiser and a schedule of the user's own are as before afterwards."""
     theirs = [own for own in (trainer.optimizer, trainer.lr_scheduler) if own is not None]
     states = [copy.deepcopy(own.state_dict()) for own in theirs]
-    modes = {module: module.training for module in model.modules()}
     try:
         yield
     finally:
-        _overwrite(model, lambda name, _: before[name])
-        model.zero_grad()
         for own, state in zip(theirs, states, strict=True):
             own.load_state_dict(state)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
+@torch.no_grad()
 def _scramble(model: nn.Module) -> None:
     """Overwrite all that is trained, and the random state, with noise."""
     torch.manual_seed(NOISE)
-    _overwrite(model, lambda _, parameter: torch.randn(parameter.shape))
-
-
-@torch.no_grad()
-def _overwrite(model: nn.Module, value: Callable[[str, Tensor], Tensor]) -> None:
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.copy_(value(name, parameter))
+            parameter.copy_(torch.randn(parameter.shape))
 
 
 def _difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

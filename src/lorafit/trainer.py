@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, packing, parts
 from lorafit.data.loader import Loader, length_of
+from lorafit.engine import moments
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import Objective, Whole
@@ -361,7 +362,7 @@ class Trainer(Hooks):
 
     def _made_with(self) -> dict[str, Any]:
         """What a checkpoint of this run is made with: see `run/changes.py`."""
-        arguments, laid, kind = self._settings, self._packing, type(self.optimizer)
+        arguments, laid = self._settings, self._packing
         knobs = arguments.to_sanitized_dict()
         with checkpoint.random_state_kept():
             rows = circumstances.of_rows(self.train_dataset)
@@ -371,7 +372,7 @@ class Trainer(Hooks):
             "adapter": adapters.scaling_of(self.model),
             "template": {"chat": self.contract.get("chat_template")},
             "step": {"examples": arguments.effective_batch_size},
-            "optimizer": {"kind": f"{kind.__module__}.{kind.__qualname__}"},
+            "optimizer": moments.told(self.optimizer),
             "laid_out": {
                 "layout": laid.layout, "tokens": laid.budget, "rows": arguments.train_batch_size
             },

@@ -138,7 +138,7 @@ def test_on_cuda_paged_and_8bit_are_bitsandbytes_own(name: str) -> None:
 
 
 def test_missing_bitsandbytes_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     arguments = TrainingArguments("out", optim="paged_adamw_8bit")
     with pytest.raises(ImportError, match=r"pip install 'lorafit\[quant\]'"):
         optim.named(arguments, CUDA)

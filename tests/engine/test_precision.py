@@ -36,6 +36,28 @@ def test_fp16_needs_cuda() -> None:
         precision.choose(TrainingArguments("out", fp16=True), CPU)
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+def test_tf32_without_cuda_is_said_to_do_nothing(bf16: bool) -> None:
+    chosen = precision.choose(TrainingArguments("out", tf32=True, bf16=bf16), CPU)
+    assert chosen.notice.endswith("tf32 does nothing on cpu: only CUDA has it")
+    assert chosen.notice.startswith("bf16: ") is bf16
+    assert precision.choose(TrainingArguments("out", tf32=False), CPU).notice == ""
+
+
+@pytest.mark.parametrize(("generation", "said"), [(8, ""), (7, "none before Ampere")])
+def test_tf32_is_set_on_cuda(monkeypatch: pytest.MonkeyPatch, generation: int, said: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (generation, 0))
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    try:
+        for wanted in (False, True):
+            notice = precision._set_tf32(wanted, torch.device("cuda"))
+            assert (products.allow_tf32, convolutions.allow_tf32) == (wanted, wanted)
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before
+    assert said in notice and bool(notice) is bool(said)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_fp16_is_scaled() -> None:

@@ -46,6 +46,7 @@ def test_the_effective_batch_comes_first() -> None:
         (Notice("a [bold]line[/bold]"), ["note: a [bold]line[/bold]"]),
         (Logged(6, 0.5, 1.25, 2.0, 1e-4), ["step      6", "loss 1.2500", "1.00e-04"]),
         (StepSkipped(6, float("nan"), 2.0, (4, 5)), ["NOT APPLIED", "loss nan", "[4, 5]"]),
+        (StepSkipped(6, 2.5, float("inf"), (4,), overflow=True), ["NOT APPLIED", "halves its"]),
         (Evaluated("eval", 6, 0.5, 1.5, 9, 1000, 2.0, "asked"), ["eval loss 1.5000", "1,000"]),
         (Saved("out/x", 6, 2_500_000), ["saved out/x (2.5 MB)"]),
         (ENDED, ["finished after 75 steps", "best adapter restored: out/checkpoint-9"]),

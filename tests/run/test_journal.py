@@ -55,6 +55,7 @@ def test_lines_are_json_and_flushed(tmp_path: Path) -> None:
         "loss": "nan",
         "gradient_norm": "inf",
         "examples": [4, 5],
+        "overflow": False,
     }
     assert second == {"event": "Notice", "text": "größer"} and "größer" in text
     journal.close()

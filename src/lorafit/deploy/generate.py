@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lorafit.data.template import prompt_ids, stop_ids, try_prompts
+from lorafit.engine.precision import home
 from lorafit.errors import UsageError
 from lorafit.model.adapters import Tuned, load_tuned, without_adapter
 from lorafit.model.base import context_length, place, undisturbed
@@ -43,14 +44,27 @@ class Answer:
 
 
 def open_adapter(
-    folder: str, *, base: str = "", accept: bool = False, trust_remote_code: str = ""
+    folder: str,
+    *,
+    base: str = "",
+    accept: bool = False,
+    trust_remote_code: str = "",
+    quantize: str = "",
 ) -> Tuned:
     """The adapter in `folder` over its base (or over `base`), on the accelerator if there is one.
 
     Args, Raises: see `adapters.load_tuned`.
     """
-    tuned = load_tuned(Path(folder), base=base, accept=accept, trust_remote_code=trust_remote_code)
-    place(tuned.model, torch.accelerator.current_accelerator(check_available=True) or CPU)
+    device = torch.accelerator.current_accelerator(check_available=True) or CPU
+    tuned = load_tuned(
+        Path(folder),
+        base=base,
+        accept=accept,
+        trust_remote_code=trust_remote_code,
+        quantize=quantize,
+        home=home(device),
+    )
+    place(tuned.model, device)
     return tuned
 
 

@@ -192,7 +192,8 @@ def _passing(work: Work, placed: int, *, recompute: str) -> int:
     if recompute == "layer":
         again = kept_bytes(work, "none") // shape.layers
     layer = max(mlp, attention) + again
-    return ends + max(loss, layer * placed + _scores(work, placed))
+    whole = max((m.numbers for m in shape.matrices), default=0) * p if work.quantised else 0
+    return ends + max(loss, layer * placed + _scores(work, placed) + whole)
 
 
 def _scores(work: Work, placed: int) -> int:

@@ -8,10 +8,11 @@ waits for the answer.
 import ast
 import math
 import re
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -20,7 +21,9 @@ from torch.optim import Optimizer
 
 from lorafit import compat
 from lorafit.arguments import TrainingArguments
-from lorafit.errors import ConfigError, MissingPackageError
+from lorafit.engine import moments
+from lorafit.errors import ConfigError
+from lorafit.model import quantised
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 """Names whose parameters take no weight decay (the rule of transformers' Trainer)."""
@@ -117,13 +120,14 @@ class Updater:
 
     def state_dict(self) -> dict[str, Any]:
         """The optimiser's state, and the masters where there are any."""
-        return {**self.optimizer.state_dict(), "masters": list(self._masters.values())}
+        return {**moments.saved(self.optimizer), "masters": list(self._masters.values())}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave; rates, decay and the like are this optimiser's own,
+        """Put back what `state_dict` gave, of this kind of optimiser or of another in its family
+        (`moments`); rates, decay and the like are this optimiser's own,
         where a resumed run was given others."""
         given = [{k: g[k] for k in _GIVEN if k in g} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict({key: state[key] for key in ("state", "param_groups")})
+        moments.load(self.optimizer, {key: state[key] for key in ("state", "param_groups")})
         for group, own in zip(self.optimizer.param_groups, given, strict=True):
             before, now = group.get("initial_lr"), own.get("initial_lr")
             if before and now is not None and now != before:
@@ -270,15 +274,20 @@ class Recipe:
         return made(parameter_groups, **self.options)
 
 
-def named(arguments: TrainingArguments, device: torch.device) -> Recipe:
+def named(
+    arguments: TrainingArguments, device: torch.device, *, sizes: Sequence[int] = ()
+) -> Recipe:
     """The optimiser that `optim`, `optim_args` and the rates ask for, on `device`.
+
+    Args:
+        sizes: Elements of each tensor that is trained, for what is said of paging.
 
     Raises:
         MissingPackageError: an optimiser of bitsandbytes without the package.
     """
     name, notice = arguments.optim, ""
-    if name.startswith("paged_") and device.type != "cuda":
-        name, notice = _unpaged(name)
+    if name.startswith("paged_"):
+        name, notice = _paged(name, device, sizes=sizes)
     kind, options = _kind(name, arguments, device=device)
     options = {"lr": arguments.learning_rate, **options, **_extra(arguments.optim_args)}
     return Recipe(kind, options, notice)
@@ -306,30 +315,33 @@ def _kind(
             return _bitsandbytes(name, adam)
 
 
-def _unpaged(name: str) -> tuple[str, str]:
-    plain = "adamw_torch_fused" if "adamw" in name else name.removeprefix("paged_")
+def _paged(name: str, device: torch.device, *, sizes: Sequence[int]) -> tuple[str, str]:
+    """What runs under the name of a paged optimiser, and a line about it."""
+    total, paged = moments.state_bytes(sizes, name=name)
+    share = f"{paged:,} of {total:,} bytes of state" if sizes else "state"
+    if device.type == "cuda":
+        large = f"tensors of {moments.PAGED_FROM:,} elements and more"
+        return name, f"{name}: {share} can leave the GPU ({large})" if sizes else ""
+    plain = name.removeprefix("paged_")
+    if "adamw" in name and ("32bit" in name or not find_spec(quantised.PACKAGE)):
+        plain = "adamw_torch_fused"
+    held, _ = moments.state_bytes(sizes, name=plain)
+    kept = f", with {held:,} bytes of state in memory" if sizes else ""
     return plain, (
         f"{name}: paging moves optimiser state between GPU and host, and there is no GPU here; "
-        f"{plain} runs instead, with 8 bytes of state per trained parameter in memory, nothing lost"
+        f"{plain} runs instead{kept}, nothing lost (on a GPU {share} could leave it)"
     )
 
 
 def _bitsandbytes(name: str, adam: dict[str, Any]) -> tuple[type[Optimizer], dict[str, Any]]:
-    try:
-        from bitsandbytes.optim.adamw import AdamW  # pyright: ignore[reportMissingImports]
-        from bitsandbytes.optim.lion import Lion  # pyright: ignore[reportMissingImports]
-    except ImportError as missing:
-        raise MissingPackageError(
-            f"optim={name!r} is bitsandbytes' optimiser, which is not installed.",
-            fix="pip install 'lorafit[quant]', or write optim='adamw_torch_fused'.",
-        ) from missing
+    family = quantised.package(f"optim={name!r}", instead="write optim='adamw_torch_fused'").optim
     lion = "lion" in name
     options: dict[str, Any] = {
         "optim_bits": 8 if "8bit" in name else 32,
         "is_paged": name.startswith("paged_"),
     }
     options |= {"betas": adam["betas"]} if lion else adam
-    return (Lion if lion else AdamW), options
+    return (family.Lion if lion else family.AdamW), options
 
 
 def _extra(optim_args: str | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch.amp import GradScaler
 from lorafit.arguments import TrainingArguments
 from lorafit.engine.layout import mapped
 from lorafit.errors import ConfigError
+from lorafit.model.base import Home
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,11 @@ def native_bf16(device: torch.device) -> bool:
     return False
 
 
+def home(device: torch.device) -> Home:
+    """Where a quantised base is made, its products in bf16 where the device has it natively."""
+    return Home(device, torch.bfloat16 if native_bf16(device) else torch.float32)
+
+
 def products(precision: Precision, weights: torch.dtype) -> torch.dtype:
     """The dtype of matrix products over a base of this dtype: its own, unless autocast asks for
     another or the processor would have to emulate it, some fifty times as slow as float32."""
@@ -98,9 +104,7 @@ def choose(arguments: TrainingArguments, device: torch.device) -> Precision:
     Raises:
         ConfigError: `fp16=True` without CUDA.
     """
-    if arguments.tf32 is not None and device.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
-        torch.backends.cudnn.allow_tf32 = arguments.tf32
+    tf32 = _set_tf32(arguments.tf32, device)
     if arguments.fp16:
         if device.type != "cuda":
             raise ConfigError(
@@ -108,14 +112,26 @@ def choose(arguments: TrainingArguments, device: torch.device) -> Precision:
                 why="CPUs have no fast float16 arithmetic, and its narrow range needs a scaler.",
                 fix="Write bf16=True (native bfloat16 where the CPU has it), or leave both out.",
             )
-        return Precision(device, torch.float16, GradScaler(device.type))
+        return Precision(device, torch.float16, GradScaler(device.type), tf32)
     if not arguments.bf16:
-        return Precision(device)
+        return Precision(device, notice=tf32)
     if native_bf16(device):
         notice = "" if device.type == "cuda" else "bf16: native on this CPU; matrix products use it"
-        return Precision(device, torch.bfloat16, notice=notice)
-    return Precision(
-        device,
-        notice=f"bf16: this {device.type} has no native bfloat16, where emulation is far slower; "
-        "training runs in fp32",
+        return Precision(device, torch.bfloat16, notice="; ".join(filter(None, (notice, tf32))))
+    emulated = (
+        f"bf16: this {device.type} has no native bfloat16, where emulation is far slower; "
+        "training runs in fp32"
     )
+    return Precision(device, notice="; ".join(filter(None, (emulated, tf32))))
+
+
+def _set_tf32(asked: bool | None, device: torch.device) -> str:
+    """Let float32 products on CUDA take TensorFloat-32, or not; a line where that does nothing."""
+    if asked is None:
+        return ""
+    if device.type != "cuda":
+        return f"tf32 does nothing on {device.type}: only CUDA has it" if asked else ""
+    torch.backends.cuda.matmul.allow_tf32 = asked
+    torch.backends.cudnn.allow_tf32 = asked
+    old = asked and torch.cuda.get_device_capability(device)[0] < 8
+    return "tf32 does nothing on this GPU: it has none before Ampere" if old else ""

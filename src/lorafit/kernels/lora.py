@@ -12,7 +12,7 @@ Shapes: `T` tokens, `D` in, `O` out, `R` ranks of all layers together.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -37,21 +37,39 @@ class Adapter:
     salt: int = 0
 
 
+class Stored(Protocol):
+    """Weights that are made anew for each product, such as quantised ones: [O, D]."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What they are made in."""
+        ...
+
+    def __call__(self) -> Tensor:
+        """Made, for nobody to keep."""
+        ...
+
+
 @dataclass(frozen=True)
 class Layers:
     """Frozen weights side by side.
 
     Attributes:
-        weight_OD: In the dtype of the product.
+        stored_OD: In the dtype of the product, or what makes them so.
         bias_O: None where none of the layers has one.
         widths: Rows of each layer; they add up to O.
         adapters: One for each layer; None where it has none.
     """
 
-    weight_OD: Tensor
+    stored_OD: Tensor | Stored
     bias_O: Tensor | None
     widths: tuple[int, ...]
     adapters: tuple[Adapter | None, ...]
+
+    @property
+    def weight_OD(self) -> Tensor:
+        """The weights of one product."""
+        return self.stored_OD if isinstance(self.stored_OD, Tensor) else self.stored_OD()
 
     @property
     def drops(self) -> bool:
@@ -99,9 +117,10 @@ def join(layers: Layers, factors: Sequence[Tensor | None]) -> Joined | None:
     ranks = tuple(0 if a is None else len(a) for a in downs)
     if not sum(ranks):
         return None
-    weight_OD = layers.weight_OD
-    a_RD = weight_OD.new_empty(sum(ranks), weight_OD.shape[1])
-    b_OR = weight_OD.new_zeros(len(weight_OD), sum(ranks))
+    some = next(a for a in downs if a is not None)
+    how: Any = {"dtype": layers.stored_OD.dtype, "device": some.device}
+    a_RD = torch.empty(sum(ranks), some.shape[1], **how)
+    b_OR = torch.zeros(sum(layers.widths), sum(ranks), **how)
     row = column = 0
     for width, rank, a, b, adapter in zip(
         layers.widths, ranks, downs, ups, layers.adapters, strict=True

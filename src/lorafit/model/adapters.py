@@ -23,8 +23,8 @@ from torch.optim import Optimizer
 from lorafit.arguments import ModelArguments
 from lorafit.errors import ModelError, nearest
 from lorafit.model import base as bases
-from lorafit.model import guard, identity, lora_config, tokens
-from lorafit.model.base import PreTrainedModel
+from lorafit.model import guard, identity, lora_config, quantised, tokens
+from lorafit.model.base import CPU_HOME, Home, PreTrainedModel
 from lorafit.panel import fits
 
 if TYPE_CHECKING:
@@ -50,16 +50,20 @@ class Tuned:
 def attach(model: PreTrainedModel, arguments: ModelArguments) -> "PeftModel":
     """`model` with a fresh LoRA adapter; adapter weights are float32 whatever the base's dtype.
 
-    The base is changed in place, as peft does. LoRA: Hu et al. 2021.
+    The base is changed in place, as peft does. LoRA: Hu et al. 2021. Over quantised layers as over
+    others; norms, embedding and head keep the dtype that they were loaded in.
 
     Raises:
-        ModelError: a module named in `lora_target_modules` or `modules_to_save` does not exist.
+        ModelError: a module named in `lora_target_modules` or `modules_to_save` does not exist, or
+            one of the latter is quantised.
     """
+    _import_peft()
     from peft import LoraConfig
 
     targets, saved = _names(arguments.lora_target_modules), _names(arguments.modules_to_save)
     everything = targets == [ALL_LINEAR]
     _check_exist(model, saved if everything else targets + saved)
+    _check_whole(model, saved)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=arguments.lora_r,
@@ -282,7 +286,7 @@ def read_contract(folder: Path) -> dict[str, Any]:
 
 
 _KINDS = {"shape": str, "chat_template": str, "stop_ids": list[int], "base": dict, "metrics": dict}
-_TEXTS = ("name", "path", "fingerprint", "headers_sha256")
+_TEXTS = ("name", "path", "fingerprint", "headers_sha256", "quantisation")
 
 
 def load_tuned(
@@ -292,34 +296,46 @@ def load_tuned(
     dtype: str = "auto",
     accept: bool = False,
     trust_remote_code: str = "",
+    quantize: str = "",
+    home: Home = CPU_HOME,
 ) -> Tuned:
     """The adapter in `folder` over its base, every tensor accounted for.
 
     Args:
         base: Folder or Hub id of the base, where it is not the one the adapter names.
         dtype: The base's dtype; "auto" is its checkpoint's.
+        quantize: nf4, int8 or none; empty: as it was trained.
+        home: Where a quantised base is made.
         accept: Take another base than the adapter was trained over, if its shapes fit.
         trust_remote_code: The Hub repository whose Python code may run to load the base.
 
     Raises:
         ModelError: `folder` holds no LoRA adapter, or one that is not to be trusted; its base is
             not there, is another one, or the two do not fit.
+        MissingPackageError: bitsandbytes, where the base is to be quantised.
     """
-    home = _found(folder)
-    for place in {folder, home} if home.is_dir() else ():
-        guard.check_entries(place)
-    config, tensors = _read_config(home), read_adapter_state(home)
+    _import_peft()
+    place = _found(folder)
+    for entries in {folder, place} if place.is_dir() else ():
+        guard.check_entries(entries)
+    config, tensors = _read_config(place), read_adapter_state(place)
     contract = read_contract(folder)
     base = base or _base_of(config, contract)
     if not accept:
         identity.check_same(folder, recorded=contract.get("base") or {}, base=base)
+    trained = (contract.get("base") or {}).get("quantisation")
+    chosen = quantize or (trained if trained in ("nf4", "int8") else "none")
     wanted = ModelArguments(
-        model=base, revision=config.revision or "", dtype=dtype, trust_remote_code=trust_remote_code
+        model=base,
+        revision=config.revision or "",
+        dtype=dtype,
+        quantize="" if chosen == "none" else chosen,
+        trust_remote_code=trust_remote_code,
     )
-    model = _load_base(folder, wanted)
-    _check_ranks(config, tensors, folder=home)
+    model = _load_base(folder, wanted, home=home)
+    _check_ranks(config, tensors, folder=place)
     names = [name for name, _ in model.named_modules()]
-    lora_config.check_patterns(vars(config), names, file=home / ADAPTER_CONFIG)
+    lora_config.check_patterns(vars(config), names, file=place / ADAPTER_CONFIG)
     _resize_embedding(model, tensors)
     config.base_model_name_or_path = None  # else peft warns where the base has moved
     with torch.random.fork_rng(devices=[]):  # fresh LoRA weights are drawn, then overwritten
@@ -336,12 +352,26 @@ def load_tuned(
     return Tuned(tuned.eval(), tokenizer, contract)
 
 
+def _import_peft() -> None:
+    """For the first time without bitsandbytes, which it would import wherever that is installed."""
+    with quantised.unseen():
+        from peft import import_utils
+    # or it would not find it when it is wanted
+    import_utils.is_bnb_available.cache_clear()
+    import_utils.is_bnb_4bit_available.cache_clear()
+
+
 def _wrapped(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     from peft import PeftModel, get_peft_model
 
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 by a name that has aged
+    alone = nullcontext() if quantised.packed(model) else quantised.unseen()
+    with (
+        warnings.catch_warnings(),
+        alone,
+    ):  # peft 0.21 asks transformers 5.23 by a name that has aged
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         wrapped = get_peft_model(model, config)
+    _import_peft()
     assert isinstance(wrapped, PeftModel)
     return wrapped
 
@@ -371,6 +401,16 @@ def _check_exist(model: nn.Module, wanted: Sequence[str]) -> None:
             raise ModelError(
                 f"{type(model).__name__} has no module {name}.{nearest(name, linear)}",
                 fix=f"Its linear modules: {', '.join(linear)}; or {ALL_LINEAR} for all of them.",
+            )
+
+
+def _check_whole(model: PreTrainedModel, saved: Sequence[str]) -> None:
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in saved and quantised.packed(module):
+            raise ModelError(
+                f"modules_to_save: {name} is quantised ({quantised.scheme(model)}).",
+                why="Weights of 4 or 8 bits take no gradient, so they cannot be trained in full.",
+                fix="Train it by LoRA (--lora-target-modules), or leave --quantize out.",
             )
 
 
@@ -528,9 +568,9 @@ def _base_of(config: "LoraConfig", contract: Mapping[str, Any]) -> str:
     return named
 
 
-def _load_base(folder: Path, wanted: ModelArguments) -> PreTrainedModel:
+def _load_base(folder: Path, wanted: ModelArguments, *, home: Home) -> PreTrainedModel:
     try:
-        return bases.load_model(wanted)
+        return bases.load_model(wanted, home)
     except ModelError as error:
         raise ModelError(
             f"The base of the adapter {folder}, {wanted.model or 'not named'}, cannot be loaded: "

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedModel,
 )
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
@@ -29,10 +31,10 @@ from transformers.utils.generic import find_labels
 from transformers.utils.hub import cached_file
 
 from lorafit.arguments import ModelArguments, TrainingArguments
-from lorafit.errors import ModelError
+from lorafit.errors import ConfigError, ModelError
 from lorafit.kernels.attention import Documents, Look, attend
 from lorafit.kernels.cross_entropy import IGNORE, summed_nats, supervised_tokens
-from lorafit.model import guard, shape
+from lorafit.model import guard, quantised, shape
 from lorafit.model.shape import Shape
 from lorafit.model.tokens import explained, folder_of, quiet, runs_code
 
@@ -56,15 +58,54 @@ def check_base(name: str) -> None:
         _check_folder(folder)
 
 
-def load_model(arguments: ModelArguments) -> PreTrainedModel:
-    """The base on the CPU, in the dtype asked for ("auto": the checkpoint's), in eval mode.
+@dataclass(frozen=True)
+class Home:
+    """Where a quantised base is made (any other is loaded on the CPU and placed later), and the
+    dtype of the products in its own forward."""
 
-    Only safetensors are read.
+    device: torch.device
+    products: torch.dtype = torch.float32
+
+
+CPU_HOME = Home(torch.device("cpu"))
+
+
+def check_quantised(arguments: ModelArguments, home: Home) -> None:
+    """Nothing, if the base can be quantised as asked, where it is to be.
 
     Raises:
+        ConfigError: it cannot, or to no use. MissingPackageError: bitsandbytes is not here.
+    """
+    asked, kind = arguments.quantize, home.device.type
+    if asked and kind not in ("cpu", "cuda"):
+        raise ConfigError(
+            f"quantize={asked!r} on {kind}: bitsandbytes quantises for CUDA and CPUs.",
+            fix="Leave --quantize out, or train on the CPU: --use-cpu.",
+        )
+    if asked and kind == "cpu" and arguments.dtype == "float16":
+        raise ConfigError(
+            f"quantize={asked!r} with dtype='float16' on a CPU.",
+            why="What is not quantised (norms, embedding, head) would be multiplied in emulated "
+            "float16, slowly and in its narrow range.",
+            fix="Write --dtype bfloat16 for as few bytes, or leave --dtype out.",
+        )
+    if asked:
+        quantised.package(f"quantize={asked!r}", instead="leave --quantize out")
+
+
+def load_model(arguments: ModelArguments, home: Home = CPU_HOME) -> PreTrainedModel:
+    """The base on the CPU, in the dtype asked for ("auto": the checkpoint's), in eval mode; one
+    that is quantised, by `quantize` or in its files already, on its `home`.
+
+    Only safetensors are read. nf4: QLoRA's, blocks of 64 and double quantisation; int8: LLM.int8's
+    with its usual threshold of 6. Linear layers are quantised, the head is not.
+
+    Raises:
+        ConfigError, MissingPackageError: as `check_quantised`.
         ModelError: the folder or Hub id is no whole causal language model; said before any
             weight is read where that can be known.
     """
+    check_quantised(arguments, home)
     folder = folder_of(arguments.model)
     if folder:
         _check_folder(folder)
@@ -80,6 +121,7 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
         _check_causal(config, name)
         if arguments.attn_implementation:
             options["attn_implementation"] = arguments.attn_implementation
+        options |= _quantisation(config, arguments.quantize, name=name, home=home)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name,
             config=config,
@@ -97,7 +139,43 @@ def load_model(arguments: ModelArguments) -> PreTrainedModel:
             why="They would be random numbers, and training would build on noise.",
             fix="Give a whole causal language model.",
         )
+    quantised.settle(model)
     return model
+
+
+def _quantisation(config: Any, asked: str, *, name: str, home: Home) -> dict[str, Any]:
+    """How transformers is told of it; nothing where there is none to be.
+
+    Raises:
+        ModelError: the files are quantised otherwise than `asked`.
+    """
+    there = getattr(config, "quantization_config", None) or {}
+    ours = {"nf4": bool(there.get("load_in_4bit")), "int8": bool(there.get("load_in_8bit"))}
+    if there and asked and not ours[asked]:
+        raise ModelError(
+            f"{name} is quantised in its files, and not as quantize={asked!r} asks for: "
+            f"{quantised.scheme_of(there)}.",
+            why="What quantising has rounded away cannot be had back.",
+            fix="Leave --quantize out, or give the base that it was made from.",
+        )
+    if there and any(ours.values()):
+        quantised.package(
+            f"{name}, quantised in its files,", instead="give the base that it was made from"
+        )
+    if not (asked or there):
+        return {}
+    placed: dict[str, Any] = {"device_map": {"": home.device}}
+    if there:
+        return placed
+    four_bits = {
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": home.products,
+    }
+    made: dict[str, Any] = (
+        {"load_in_8bit": True} if asked == "int8" else {"load_in_4bit": True, **four_bits}
+    )
+    return placed | {"quantization_config": BitsAndBytesConfig(**made)}
 
 
 def unwrap(model: nn.Module) -> Any:

@@ -22,6 +22,7 @@ from lorafit.kernels.lora import Counters
 from lorafit.model.base import attending_by_documents, is_hooked, undisturbed, unwrap
 from lorafit.model.fused import Decoder, Unfit
 from lorafit.model.lora import Drawn
+from lorafit.model.quantised import exactly, settle
 
 Autocast = Callable[[], AbstractContextManager[object]]
 
@@ -102,6 +103,7 @@ def runner(
     Raises:
         Leaks: neither way is exact.
     """
+    settle(model)
     base = unwrap(model)
     head = _Head(base, dtype, smoothing=smoothing, autocast=autocast)
     own = _OwnForward(model, autocast=autocast, drawn=drawn)
@@ -153,7 +155,7 @@ class _OwnForward:
         counters: Counters | None,
     ) -> Tensor:
         self.drawn.counters = counters
-        with self.autocast(), attending_by_documents(self.base, documents):
+        with self.autocast(), exactly(self.base), attending_by_documents(self.base, documents):
             made = self.base.get_decoder()(
                 input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False
             )
@@ -281,7 +283,7 @@ def _packed_states(states: States, pair: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def _own_logits(model: nn.Module, ids: Tensor, *, autocast: Autocast) -> Tensor:
-    with autocast():
+    with autocast(), exactly(model):
         made = model(input_ids=ids[None], attention_mask=torch.ones_like(ids)[None])
     logits = made["logits"][0]
     return logits.to(accumulating(logits.dtype))

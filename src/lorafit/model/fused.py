@@ -22,6 +22,7 @@ from lorafit.kernels.lora import Adapter, Counters, Layers
 from lorafit.kernels.mlp_half import MlpHalf, mlp_half
 from lorafit.model.base import decoder_of, is_hooked
 from lorafit.model.lora import LoraLinear, lora_linear, salt_of
+from lorafit.model.quantised import together
 
 RECOMPUTE = ("none", "mlp", "half", "layer")
 """What backward makes again: nothing but norms and products of elements; gate and up; q, k and v
@@ -268,7 +269,8 @@ def _side_by_side(
     parts: Sequence[LoraLinear], salts: Sequence[int], *, dtype: torch.dtype
 ) -> Layers:
     """The layers as one. In the dtype of the product the modules' weights become views of the joint
-    one, so that nothing is held twice; in another they are left alone and a copy is held."""
+    one, so that nothing is held twice; in another they are left alone and a copy is held. Quantised
+    ones are left alone too, and made whole for each product."""
     linears = [part.linear for part in parts]
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears if linear.bias is not None]
@@ -282,7 +284,7 @@ def _side_by_side(
         for part, salt in zip(parts, salts, strict=True)
     )
     return Layers(
-        _joint(weights, dtype=dtype),
+        together(linears, dtype) or _joint(weights, dtype=dtype),
         torch.cat([bias.detach() for bias in biases]).to(dtype) if biases else None,
         tuple(linear.out_features for linear in linears),
         tuple(adapters),

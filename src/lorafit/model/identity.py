@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorafit.data.cache import root
 from lorafit.errors import ModelError
-from lorafit.model import guard
+from lorafit.model import guard, quantised
 from lorafit.model.base import INDEX, files_here, unwrap
 from lorafit.model.guard import Stored
 
@@ -46,12 +46,14 @@ _FORMATS: Final[Mapping[str, torch.dtype]] = MappingProxyType(
 def identity(model: nn.Module) -> dict[str, str]:
     """What must be the same for a run to go on, or an adapter to fit: the part of `described` that
     no move, new cut or new name of the files changes. What is unknown is left out, and so is the
-    fingerprint of a model without adapter, which training changes."""
+    fingerprint of a model without adapter, which training changes. That of a quantised base is its
+    files', so that it is the same base as before, quantised."""
     base = unwrap(model)
     known = _facts(base)
     if any(_ADDED.search(name) for name, _ in model.named_parameters()):
-        known["fingerprint"] = _in_memory(base)
-    names = ("model_type", "parameters", "dtype", "fingerprint")
+        whole = known["quantisation"] == "none"
+        known["fingerprint"] = _in_memory(base) if whole else described(base)["fingerprint"]
+    names = ("model_type", "parameters", "dtype", "quantisation", "fingerprint")
     return {name: str(known[name]) for name in names if known.get(name) is not None}
 
 
@@ -65,13 +67,14 @@ def described(model: nn.Module | str | Path) -> dict[str, Any]:
         model: A module (adapters are left out of its numbers), or a folder.
 
     Returns:
-        `name` as given, `path` (absolute, of a local folder), `model_type`, `parameters`, `dtype`,
+        `name` as given, `path` (absolute, of a local folder), `model_type`, `parameters`, `dtype`
+        (of what is not quantised), `quantisation` (see `quantised.scheme`; None of a folder),
         `revision` (a Hub commit), `headers_sha256` (names, formats and shapes of all tensors in its
         files), `files_sha256`, and `fingerprint`: that of its files where its tensors came from
         them, else of its tensors as they are. None where unknown.
     """
-    names = ("name", "path", "model_type", "parameters", "dtype", "revision", "headers_sha256",
-             "files_sha256", "fingerprint")  # fmt: skip
+    names = ("name", "path", "model_type", "parameters", "dtype", "quantisation", "revision",
+             "headers_sha256", "files_sha256", "fingerprint")  # fmt: skip
     known: dict[str, Any] = dict.fromkeys(names)
     if not isinstance(model, nn.Module):
         folder = Path(model).expanduser()
@@ -92,8 +95,9 @@ def _facts(base: nn.Module) -> dict[str, Any]:
     return {
         "name": str(getattr(base, "name_or_path", "")),
         "model_type": getattr(config, "model_type", None),
-        "parameters": sum(parameter.numel() for parameter in own),
+        "parameters": sum(map(quantised.numel, own)),
         "dtype": str(own[0].dtype).removeprefix("torch.") if own else None,
+        "quantisation": quantised.scheme(base),
         "revision": getattr(config, "_commit_hash", None),
     }
 

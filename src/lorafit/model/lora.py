@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lorafit.kernels.lora import Adapter, Counters, drop
 from lorafit.model.base import decoder_of, unwrap
+from lorafit.model.quantised import is_packed
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,19 @@ class LoraLinear:
 
 
 def lora_linear(module: nn.Module) -> LoraLinear | None:
-    """What of `module` kernels can run themselves: a frozen linear layer, bare or beneath one plain
-    LoRA (no DoRA or other variant, no bias of its own, not merged). None for all else."""
-    if type(module) is nn.Linear:
-        return LoraLinear(module) if _is_frozen(module) else None
+    """What of `module` kernels can run themselves: a frozen linear layer, quantised by bitsandbytes
+    or not, bare or beneath one plain LoRA (no DoRA or other variant, no bias of its own, not
+    merged). None for all else."""
     kind = type(module)
-    if kind.__name__ != "Linear" or not kind.__module__.startswith("peft.tuners.lora."):
-        return None
     layer: Any = module
-    beneath, active = layer.base_layer, layer.active_adapters
-    if type(beneath) is not nn.Linear or not _is_frozen(beneath) or layer.merged:
+    wraps = kind.__name__ in _LINEAR and kind.__module__.startswith("peft.tuners.lora.")
+    beneath = layer.base_layer if wraps else layer
+    known = type(beneath) is nn.Linear or is_packed(beneath)
+    if not known or not _is_frozen(beneath) or (wraps and layer.merged):
         return None
+    active = layer.active_adapters if wraps else ()
     active = [name for name in active if name in layer.lora_A]
-    if layer.disable_adapters or not active:
+    if not active or layer.disable_adapters:
         return LoraLinear(beneath)
     name = active[0]
     odd = layer.lora_variant.get(name) or layer.lora_bias.get(name) or layer.fan_in_fan_out
@@ -63,6 +64,10 @@ def lora_linear(module: nn.Module) -> LoraLinear | None:
         return None
     share = drop.p if isinstance(drop, nn.Dropout) else 0.0
     return LoraLinear(beneath, layer.lora_A[name], layer.lora_B[name], layer.scaling[name], share)
+
+
+_LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
+"""peft's LoRA over such a layer, by its class's name."""
 
 
 class CountedDropout(nn.Dropout):

@@ -45,7 +45,7 @@ SHOWN: Final = {
         "data", "data_weights", "eval_share", "split", "shape", "prompt_field", "answer_field",
         "skip_bad_rows", "max_rows", "max_length", "truncation",
     ),
-    "base": ("model", "revision", "dtype"),
+    "base": ("model", "revision", "dtype", "quantize"),
     "adapter": (
         "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "use_dora",
         "modules_to_save",
@@ -69,6 +69,7 @@ FACTS: Final = {
     "base.model_type": "impossible",
     "base.parameters": "impossible",
     "optimizer": "impossible",
+    "optimizer.state": "changes",
 }
 """What a run is compared by besides its knobs -> the class of a difference; the longer name, with a
 part of the fact, goes first."""

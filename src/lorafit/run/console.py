@@ -240,20 +240,8 @@ def line(event: Event) -> str:
                 f"gradient norm {event.gradient_norm:.3g}  "
                 f"learning rate {event.learning_rate:.2e}"
             )
-        case StepSkipped():
-            return (
-                f"step {event.step:>6}  NOT APPLIED: loss {event.loss}, gradient norm "
-                f"{event.gradient_norm}; examples {list(event.examples)}"
-            )
-        case OutOfMemory():
-            now = f"keeping less ({event.recompute})" if event.recompute else (
-                f"{event.budget:,} tokens at a time"
-            )  # fmt: skip
-            return (
-                f"step {event.step:>6}  OUT OF MEMORY at {event.tokens:,} tokens of "
-                f"{event.rows} examples in one {event.doing}; the same again with {now}: "
-                f"{event.message}"
-            )
+        case StepSkipped() | OutOfMemory():
+            return f"step {event.step:>6}  {_mishap(event)}"
         case Evaluated():
             return (
                 f"step {event.step:>6}  epoch {event.epoch:5.2f}  {event.name} loss "
@@ -270,3 +258,19 @@ def line(event: Event) -> str:
             )
         case _:
             return ""
+
+
+def _mishap(event: StepSkipped | OutOfMemory) -> str:
+    if isinstance(event, OutOfMemory):
+        less, smaller = f"keeping less ({event.recompute})", f"{event.budget:,} tokens at a time"
+        return (
+            f"OUT OF MEMORY at {event.tokens:,} tokens of {event.rows} examples in one "
+            f"{event.doing}; the same again with {less if event.recompute else smaller}: "
+            f"{event.message}"
+        )
+    if event.overflow:
+        return "NOT APPLIED: gradients overflowed float16; the scaler halves its scale"
+    return (
+        f"NOT APPLIED: loss {event.loss}, gradient norm {event.gradient_norm}; examples "
+        f"{list(event.examples)}"
+    )

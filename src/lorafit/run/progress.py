@@ -92,11 +92,12 @@ class Progress:
         return events
 
     def _skipped(self, done: Done, end: StepEnd, *, so_far: list[Event]) -> StepSkipped:
-        if math.isfinite(end.loss) and self.overflows_in_a_row < self.settling:
+        overflow = math.isfinite(end.loss) and self.settling > 0
+        if overflow and self.overflows_in_a_row < self.settling:
             self.overflows_in_a_row += 1
         else:
             self.skipped_in_a_row += 1
-        event = StepSkipped(done.step, end.loss, end.gradient_norm, done.examples)
+        event = StepSkipped(done.step, end.loss, end.gradient_norm, done.examples, overflow)
         if self.skipped_in_a_row >= self.limit:
             raise TooManySkipped(event, self.limit, events=[*so_far, event])
         return event
