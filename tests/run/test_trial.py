@@ -28,7 +28,7 @@ def adapted(folder: Path, kind: str = "") -> Any:
 def endless(run: Any) -> Any:
     while True:
         for step in run.loader.epoch(0):
-            yield run.lay_out(step)
+            yield run.layout(step.batches, run.room.tokens, step=0)
 
 
 def test_the_range_test_leaves_no_trace(tiny_llama: Path, tmp_path: Path) -> None:

@@ -301,6 +301,11 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def revision_of(model: nn.Module) -> str:
+    """The commit of the Hub that the base was loaded from; empty for a folder."""
+    return getattr(unwrap(model).config, "_commit_hash", None) or ""
+
+
 def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     """The ids at which the model's generation stops, else the tokenizer's end of text."""
     config = getattr(unwrap(model), "generation_config", None)

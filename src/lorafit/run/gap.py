@@ -65,7 +65,7 @@ def loss_gap(
         return f"the base in full takes {needed:,} bytes, and {free:,} are free: not measured"
     wanted = ModelArguments(
         model=beneath.name_or_path,
-        revision=beneath.config._commit_hash or "",
+        revision=base.revision_of(model),
         dtype=str(dtype).removeprefix("torch."),
         trust_remote_code=trust_remote_code,
     )
