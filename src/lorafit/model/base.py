@@ -304,6 +304,13 @@ def weights_dtype(model: nn.Module) -> torch.dtype:
     return unwrap(model).get_input_embeddings().weight.dtype
 
 
+def source_of(model: nn.Module) -> tuple[str, str]:
+    """The folder or Hub id that the base came from, and its commit there; empty where unknown."""
+    base = unwrap(model)
+    commit = getattr(base.config, "_commit_hash", None)
+    return str(getattr(base, "name_or_path", "")), str(commit or "")
+
+
 def shape_of(model: nn.Module, dtype: torch.dtype) -> dict[str, int]:
     """What decides the bytes that a token keeps: `engine.memory.Shape` by name. What the
     configuration does not say is taken as the largest that is usual.
