@@ -117,7 +117,7 @@ def _knob_row(knob: Knob) -> tuple[str, ...]:
 
 def _holds(knob: Knob) -> str:
     if knob.choices:
-        return ", ".join(f"`{choice}`" for choice in knob.choices)
+        return ", ".join(f"`{choice}`" for choice in knob.choices if choice)
     low, high = knob.span
     limits = f"from {low:g}" if low is not None else ""
     limits += f" to below {high:g}" if high is not None else ""

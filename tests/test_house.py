@@ -55,6 +55,7 @@ STEP_PATH: tuple[str, ...] = (
     "data/collate.py:_row",
     "data/loader.py:Loader._steps",
     "data/loader.py:keeping.collated",
+    "engine/layout.py:MicroBatch.divides",
     "engine/layout.py:MicroBatch.to",
     "engine/layout.py:_end_to_end",
     "engine/layout.py:_even_bins",
@@ -76,6 +77,7 @@ STEP_PATH: tuple[str, ...] = (
     "engine/room.py:Room._went_well",
     "engine/room.py:Room.held",
     "engine/room.py:Room.tokens",
+    "engine/room.py:peak_bytes",
     "engine/step.py:Engine._advance",
     "engine/step.py:Engine._run_part",
     "engine/step.py:Engine._update",
@@ -125,7 +127,7 @@ STEP_PATH: tuple[str, ...] = (
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )
-STEP_CODE, STEP_BRANCHES = 520, 88  # docs/decisions/0009-proof-and-watch.md
+STEP_CODE, STEP_BRANCHES = 530, 92  # docs/decisions/0009-proof-and-watch.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.

@@ -67,7 +67,7 @@ class Knob:
         if not fits(value, self.kind):
             return f"{shown} is not {spoken(self.kind)}."
         if isinstance(value, str) and self.choices and value not in self.choices:
-            return f"{shown} is not one of {', '.join(self.choices)}."
+            return f"{shown} is not one of {', '.join(filter(None, self.choices))}."
         outside = self._outside(value)
         return f"{shown} is {outside}." if outside else ""
 

@@ -276,6 +276,6 @@ def test_what_makes_no_sense_is_refused(tiny_llama: Path) -> None:
         base.load_model(given(tiny_llama, "int8", dtype="float16"))
     with pytest.raises(ConfigError, match="on mps"):
         base.check_quantised(given(tiny_llama, "nf4"), base.Home(torch.device("mps")))
-    assert given(tiny_llama, "fp8").check() == ["quantize='fp8' is not one of , nf4, int8."]
+    assert given(tiny_llama, "fp8").check() == ["quantize='fp8' is not one of nf4, int8."]
     with pytest.raises(ModelError, match=r"modules_to_save: .*q_proj is quantised \(nf4\)"):
         adapted(tiny_llama, "nf4", modules_to_save=["q_proj"])

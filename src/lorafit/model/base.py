@@ -301,11 +301,6 @@ def context_length(model: nn.Module) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def revision_of(model: nn.Module) -> str:
-    """The commit of the Hub that the base was loaded from; empty for a folder."""
-    return getattr(unwrap(model).config, "_commit_hash", None) or ""
-
-
 def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     """The ids at which the model's generation stops, else the tokenizer's end of text."""
     config = getattr(unwrap(model), "generation_config", None)
@@ -326,6 +321,13 @@ def logits_of(model: nn.Module, ids_T: Tensor) -> Tensor:
 def weights_dtype(model: nn.Module) -> torch.dtype:
     """The dtype that the base was loaded in."""
     return unwrap(model).get_input_embeddings().weight.dtype
+
+
+def source_of(model: nn.Module) -> tuple[str, str]:
+    """The folder or Hub id that the base came from, and its commit there; empty where unknown."""
+    base = unwrap(model)
+    commit = getattr(base.config, "_commit_hash", None)
+    return str(getattr(base, "name_or_path", "")), str(commit or "")
 
 
 def shape_of(model: nn.Module) -> Shape:

@@ -68,7 +68,7 @@ def described(model: nn.Module | str | Path) -> dict[str, Any]:
 
     Returns:
         `name` as given, `path` (absolute, of a local folder), `model_type`, `parameters`, `dtype`
-        (of what is not quantised), `quantisation` (see `quantised.scheme`; None of a folder),
+        (of what is not quantised), `quantisation` (see `quantised.scheme`),
         `revision` (a Hub commit), `headers_sha256` (names, formats and shapes of all tensors in its
         files), `files_sha256`, and `fingerprint`: that of its files where its tensors came from
         them, else of its tensors as they are. None where unknown.
@@ -161,6 +161,7 @@ def _of_folder(folder: Path, *, local: bool) -> dict[str, Any]:
         "model_type": config.get("model_type"),
         "parameters": sum(torch.Size(tensor.shape).numel() for _, tensor in tensors.values()),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "quantisation": quantised.scheme_of(config.get("quantization_config") or {}),
         "headers_sha256": _headers_sha256(tensors),
         "files_sha256": hashlib.sha256(whole.encode()).hexdigest(),
         "fingerprint": _fingerprint(digest for one in known for digest in one["tensors"]),

@@ -95,14 +95,14 @@ def scheme(base: nn.Module) -> str:
     if layers:
         return str(getattr(layers[0].weight, "quant_type", "int8"))
     said = getattr(getattr(base, "config", None), "quantization_config", None)
-    return scheme_of(said if isinstance(said, dict) else said.to_dict()) if said else "none"
+    return scheme_of(said.to_dict() if said and not isinstance(said, dict) else said or {})
 
 
 def scheme_of(said: Mapping[str, Any]) -> str:
     """The same of what a configuration says."""
     if said.get("load_in_4bit"):
         return str(said.get("bnb_4bit_quant_type"))
-    return "int8" if said.get("load_in_8bit") else str(said.get("quant_method"))
+    return "int8" if said.get("load_in_8bit") else str(said.get("quant_method", "none"))
 
 
 def numel(parameter: Tensor) -> int:

@@ -63,9 +63,10 @@ def loss_gap(
     needed = (every - trained) * dtype.itemsize
     if needed > free:
         return f"the base in full takes {needed:,} bytes, and {free:,} are free: not measured"
+    name, revision = base.source_of(model)
     wanted = ModelArguments(
-        model=beneath.name_or_path,
-        revision=base.revision_of(model),
+        model=name,
+        revision=revision,
         dtype=str(dtype).removeprefix("torch."),
         trust_remote_code=trust_remote_code,
     )
