@@ -171,12 +171,12 @@ def test_a_set_without_labels_measures_nothing_and_says_so(tmp_path: Path) -> No
 def test_memory_does_not_grow_where_only_the_loss_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafit.engine import evaluation
+    from lorafit.run import metrics
 
     def kept(*_: Any) -> None:
         raise AssertionError("something was kept")
 
-    monkeypatch.setattr(evaluation.Gathered, "_add", kept)
+    monkeypatch.setattr(metrics.Gathered, "_add", kept)
     make(tmp_path, eval_dataset=plain(6)).evaluate()
     with pytest.raises(AssertionError):
         make(tmp_path).predict(plain(2))

@@ -7,7 +7,7 @@ things happen.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,13 @@ from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
-from lorafit.engine.evaluation import Evaluation, Readings, plan_readings
+from lorafit.engine.evaluation import Readings, plan_readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import ComputeLoss, Objective, Whole
 from lorafit.engine.optim import Recipe, Updater
 from lorafit.engine.precision import Precision
 from lorafit.engine.step import Engine
-from lorafit.errors import ConfigError, MissingMetricError
+from lorafit.errors import ConfigError
 from lorafit.model import adapters, base
 from lorafit.run import signals
 from lorafit.run.callbacks import speed_metrics
@@ -391,44 +391,7 @@ def subset(dataset: Any, examples: int, *, seed: int) -> Any:
     return Subset(dataset, loader.order(size, seed=seed, epoch=0)[:examples])
 
 
-def metrics_of(measured: Evaluation, computed: Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
-    """An evaluation under transformers' names: its loss, if it has one, and what is computed."""
-    loss = {} if measured.loss is None else {f"{prefix}_loss": measured.loss}
-    mark = f"{prefix}_"
-    named = {key if key.startswith(mark) else mark + key: computed[key] for key in computed}
-    return named | loss
-
-
 def speed_of(prefix: str, began: float, *, examples: int, batch_size: int) -> dict[str, float]:
     """Runtime (seconds) and rates per second of an evaluation that `began` then."""
     steps = math.ceil(examples / batch_size)
     return speed_metrics(prefix, began, num_samples=examples, num_steps=steps)
-
-
-def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) -> float:
-    """The value of `metric_for_best_model`.
-
-    Raises:
-        MissingMetricError: it is not among `metrics`.
-    """
-    name = arguments.metric_for_best_model or "loss"
-    name = name if name.startswith("eval_") else f"eval_{name}"
-    if name not in metrics:
-        raise MissingMetricError(
-            f"metric_for_best_model={name!r} is not among the metrics: {', '.join(metrics)}.",
-            fix="Name one of them.",
-        )
-    return metrics[name]
-
-
-def is_better(value: float, best: float | None, *, greater: bool | None) -> bool:
-    """Whether a metric beats the best so far; what is not finite never does."""
-    if not math.isfinite(value):
-        return False
-    return best is None or (value > best if greater else value < best)
-
-
-def last_evaluation(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last `eval_loss` that was logged; empty where there is none."""
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    return {"eval_loss": losses[-1]} if losses else {}

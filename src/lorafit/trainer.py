@@ -37,6 +37,7 @@ from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.console import show_practice
 from lorafit.run.journal import Journal
+from lorafit.run.metrics import deciding_metric, is_better
 from lorafit.run.observers import evaluated, watching_gradients
 from lorafit.run.practice import PRACTICE, Practice
 from lorafit.run.progress import Ended, Progress
@@ -245,14 +246,14 @@ class Trainer(Hooks):
         decides = arguments.metric_for_best_model or arguments.save_strategy == "best"
         if not (decides or isinstance(schedule, ReduceLROnPlateau)):
             return
-        value, state = parts.deciding_metric(arguments, metrics), self.state
+        value, state = deciding_metric(arguments, metrics), self.state
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(value)
         if not decides:
             return
         if state.best_metric is None:  # from here on patience counts, whatever comes first
             state.best_metric = -math.inf if arguments.greater_is_better else math.inf
-        best = parts.is_better(value, state.best_metric, greater=arguments.greater_is_better)
+        best = is_better(value, state.best_metric, greater=arguments.greater_is_better)
         if best:
             state.best_metric, state.best_global_step = value, state.global_step
         if arguments.save_strategy == "best":
