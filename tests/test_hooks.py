@@ -466,7 +466,7 @@ def test_a_reading_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": "b"}] * 3
     trainer = make(tmp_path, eval_dataset=rows, data=plain(64))
     said = [line for line in notices(trainer) if "left out" in line]
-    assert len(said) == 1 and said[0].startswith("eval_dataset cannot be read by itself")
+    assert len(said) == 1 and said[0].startswith("loss cannot be read by itself")
     assert trainer.state.global_step == 16
 
 

@@ -8,7 +8,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -369,18 +369,21 @@ def engine(
 def readings(
     plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: Any, overrides: Overrides
 ) -> Readings:
-    """The automatic readings of a script that passes an evaluation set alone. None for streams,
-    for named sets, where `eval_strategy` was written out, and where a reading would run what the
-    user has written for evaluations that were not asked for."""
-    written = arguments.was_set("eval_strategy") or arguments.eval_strategy != "no"
-    asked = written or isinstance(held_out, dict)
-    size = loader.length_of(held_out)
-    if asked or overrides.of_evaluation or not size or plan.steps_per_epoch is None:
+    """The automatic readings of a script that passes an evaluation set alone; of one that says when
+    to evaluate, or names sets, those of the training examples beside. None for streams, where
+    `eval_strategy` is "no" in writing, and where a reading would run what the user has written for
+    evaluations that were not asked for."""
+    written, named = arguments.was_set("eval_strategy"), isinstance(held_out, dict)
+    size = min(map(len, held_out.values()), default=0) if named else loader.length_of(held_out)
+    off = overrides.of_evaluation or (written and arguments.eval_strategy == "no")
+    if off or not size or plan.steps_per_epoch is None:
         return Readings(frozenset(), 0)
     processed = round((loader.length_of(train) or 0) * plan.steps / plan.steps_per_epoch)
-    return plan_readings(
+    made = plan_readings(
         steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, examples=processed, held_out=size
     )
+    asked = written or named or arguments.eval_strategy != "no"
+    return replace(made, steps=frozenset()) if asked else made
 
 
 def subset(dataset: Any, examples: int, *, seed: int) -> Any:

@@ -30,6 +30,7 @@ from lorafit.run.callbacks import Callbacks, speed_metrics
 from lorafit.run.checkpoint import Kept, Position, RunState
 from lorafit.run.journal import Journal
 from lorafit.run.progress import Done, Progress
+from lorafit.run.readings import Cost
 from lorafit.run.signals import Signals
 
 _MOMENTS, _BESIDE_WEIGHTS = 12, 1 << 20
@@ -109,6 +110,10 @@ class Session:
     saved_in: Path | None = None
     saved_bytes: int = 0
     read_at: set[int] = field(default_factory=set)
+    cost: Cost = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cost = Cost(self.plan.steps)
 
     @property
     def room(self) -> Room:

@@ -212,7 +212,8 @@ FORWARD = 0.5
 @dataclass(frozen=True, slots=True)
 class Readings:
     """When to read the evaluation loss by itself (`steps`; 0 is before training), on the first
-    `examples` of the evaluation set in an order drawn once from the seed."""
+    `examples` of the evaluation set in an order drawn once from the seed. So many of the training
+    set are read beside it, and beside evaluations that were asked for; 0: nothing is."""
 
     steps: frozenset[int]
     examples: int
@@ -220,11 +221,11 @@ class Readings:
     @property
     def notice(self) -> str:
         """One line about them; empty where there are none."""
-        if not self.examples:
+        if not self.steps:
             return ""
         return (
-            f"eval_dataset without eval_strategy: the loss on {self.examples} of its examples is "
-            f"read {len(self.steps)} times, within 5% of the run's cost"
+            f"eval_dataset without eval_strategy: the loss on {self.examples} of its examples, and "
+            f"on as many of training, is read {len(self.steps)} times, within 5% of the run's cost"
         )
 
 
@@ -233,7 +234,8 @@ def plan_readings(*, steps: int, steps_per_epoch: int, examples: int, held_out: 
 
     Their cost is held within `SHARE` of the run's by reading fewer examples, always the same ones;
     where fewer than 16 would be left, the epochs' readings go first, then the bound gives way
-    to 8 examples, below which a reading says nothing.
+    to 8 examples, below which a reading says nothing. The training examples beside are not
+    counted: what readings really take is held by reading less often (`run.readings`).
 
     Args:
         steps: Optimiser steps of the run.
