@@ -1,6 +1,7 @@
 """What others see of a run: transformers' callbacks, the log, the journal; and what they may do."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,16 @@ import transformers
 import lorafit
 from lorafit.data.loader import order
 from lorafit.errors import ConfigError
-from lorafit.events import PROBE, Evaluated, Logged, RunEnded, RunStarted, Saved, StepEnd
+from lorafit.events import (
+    PROBE,
+    Evaluated,
+    Logged,
+    MemoryPeak,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepEnd,
+)
 from tests import tiny
 from tests.tiny import adapter, events_of, llama, make, numbers, plain, same
 
@@ -228,11 +238,37 @@ def test_the_events_of_a_run(tmp_path: Path) -> None:
     assert [event.loss for event in logs] == pytest.approx(
         [sum(losses[at : at + 2]) / 2 for at in (0, 2, 4)]
     )
+    peaks = [event for event in told if isinstance(event, MemoryPeak)]
+    assert [event.step for event in peaks] == [2, 4, 6]
+    assert all(0 < a.bytes <= b.bytes for a, b in pairwise(peaks))
     started = told[0]
     assert isinstance(started, RunStarted)
     assert (started.examples, started.examples_per_step, started.steps) == (12, 4, 6)
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == names
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back from the files that the real package wrote."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make(
+        tmp_path / "run", report_to="tensorboard", eval_dataset=HELD, eval_strategy="epoch",
+        num_train_epochs=2,
+    )  # fmt: skip
+    trainer.train()
+    written = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = written.Tags()["scalars"]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"} <= set(tags)
+    assert not any("probe" in tag for tag in tags)
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"):
+        name = tag.removeprefix("train/").replace("eval/", "eval_")
+        logged = [(e["step"], e[name]) for e in trainer.state.log_history if name in e]
+        read = [(scalar.step, scalar.value) for scalar in written.Scalars(tag)]
+        assert [step for step, _ in read] == [step for step, _ in logged] and len(read) > 1
+        assert [v for _, v in read] == pytest.approx([v for _, v in logged], rel=1e-6)
 
 
 def test_numbers_wait_no_longer_than_eight_steps(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ class Trainer(Hooks):
         logged = run.progress.logged()
         if logged is None:
             return
-        self.observers.tell(logged)
+        self.observers.tell(logged, run.memory_peak())
         self.log(
             {
                 "loss": logged.loss,
@@ -285,7 +285,7 @@ class Trainer(Hooks):
             self.observers.say(f"loss cannot be read by itself, left out: {error}")
             return
         run.cost.add(step, time.monotonic() - began)
-        self.observers.tell(*told)
+        self.observers.tell(*told, run.memory_peak())
 
     def _read(self, run: Session, rows: Any, *, name: str) -> Evaluated:
         """A reading of as many of `rows` as were planned, always the same ones."""
