@@ -11,7 +11,7 @@ from lorafit import demo, job
 from lorafit.data import docstrings
 from lorafit.data.read import Source
 from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base, open_adapter
-from lorafit.events import Evaluated, Event
+from lorafit.events import PROBE, Evaluated, Event
 from tests.first_sentence import begins_like_a_docstring
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ def train(folder: Path, given: tuple[Source, Source]) -> list[float]:
     losses: list[float] = []
 
     def note(event: Event) -> None:
-        if isinstance(event, Evaluated):
+        if isinstance(event, Evaluated) and event.name != PROBE:
             losses.append(event.loss)
 
     prepared.trainer.observers.append(note)

@@ -88,7 +88,9 @@ def test_the_programme_of_the_readme(shared: Path, tiny_llama: Path, tmp_path: P
     trainer.observers.append(seen.append)
     result = trainer.train()
     assert result.global_step == 32
-    readings = [event.loss for event in seen if isinstance(event, Evaluated)]
+    readings = [
+        event.loss for event in seen if isinstance(event, Evaluated) and event.name == "eval"
+    ]
     assert len(readings) == 2 and readings[-1] < readings[0] - 0.3
     notices = [event.text for event in seen if isinstance(event, Notice)]
     assert sum("bf16" in text for text in notices) == 1

@@ -171,12 +171,12 @@ def test_a_set_without_labels_measures_nothing_and_says_so(tmp_path: Path) -> No
 def test_memory_does_not_grow_where_only_the_loss_is_wanted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lorafit.engine import evaluation
+    from lorafit.run import metrics
 
     def kept(*_: Any) -> None:
         raise AssertionError("something was kept")
 
-    monkeypatch.setattr(evaluation.Gathered, "_add", kept)
+    monkeypatch.setattr(metrics.Gathered, "_add", kept)
     make(tmp_path, eval_dataset=plain(6)).evaluate()
     with pytest.raises(AssertionError):
         make(tmp_path).predict(plain(2))
@@ -466,7 +466,7 @@ def test_a_reading_that_fails_does_not_end_the_run(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "answer": "b"}] * 3
     trainer = make(tmp_path, eval_dataset=rows, data=plain(64))
     said = [line for line in notices(trainer) if "left out" in line]
-    assert len(said) == 1 and said[0].startswith("eval_dataset cannot be read by itself")
+    assert len(said) == 1 and said[0].startswith("loss cannot be read by itself")
     assert trainer.state.global_step == 16
 
 

@@ -16,8 +16,9 @@ from lorafit.data.collate import PadCollator
 from lorafit.engine import precision
 from lorafit.engine.layout import Document, best_fit, packed, unpadded
 from lorafit.errors import DataError
+from lorafit.events import Evaluated
 from tests.parity.side_by_side import CONFIGURATIONS, SMALL
-from tests.tiny import adapter, arguments, fingerprint, llama, numbers, plain, same
+from tests.tiny import adapter, arguments, events_of, fingerprint, llama, numbers, plain, same
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL),
@@ -85,6 +86,24 @@ def test_layout_changes_nothing(name: str, dropout: float, tmp_path: Path) -> No
         assert ours == pytest.approx(theirs, rel=1e-6)
         laid.args.per_device_eval_batch_size = 1
         assert laid.evaluate()["eval_loss"] == pytest.approx(theirs, rel=1e-6)
+
+
+def test_the_nats_of_each_example_depend_on_no_layout(tmp_path: Path) -> None:
+    """Nor on batches; and they are those of the example alone."""
+    held = [*plain(7), {"input_ids": [1, 2], "attention_mask": [1, 1], "labels": [-100, -100]}]
+    told = []
+    for layout, size in (("as_given", 1), ("as_given", 3), ("packed", 3), ("packed", 8)):
+        given = {"layout": layout, "per_device_eval_batch_size": size}
+        args = arguments(tmp_path, **given)
+        trainer = lorafit.Trainer(llama(), args, PadCollator(0), train_dataset=held)
+        with events_of(trainer) as seen:
+            trainer.evaluate(held)
+        told += [event for event in seen if isinstance(event, Evaluated)]
+    for event in told:
+        assert event.nats == pytest.approx(told[0].nats, rel=1e-5)
+        assert event.tokens == told[0].tokens and event.tokens[-1] == 0
+        assert sum(event.tokens) == event.supervised_tokens
+        assert sum(event.nats) == pytest.approx(event.loss * event.supervised_tokens, rel=1e-6)
 
 
 def test_dropout_drops(tmp_path: Path) -> None:

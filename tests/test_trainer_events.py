@@ -1,6 +1,7 @@
 """What others see of a run: transformers' callbacks, the log, the journal; and what they may do."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,18 @@ import torch
 import transformers
 
 import lorafit
+from lorafit.data.loader import order
 from lorafit.errors import ConfigError
-from lorafit.events import Evaluated, Logged, RunEnded, RunStarted, Saved, StepEnd
+from lorafit.events import (
+    PROBE,
+    Evaluated,
+    Logged,
+    MemoryPeak,
+    RunEnded,
+    RunStarted,
+    Saved,
+    StepEnd,
+)
 from tests import tiny
 from tests.tiny import adapter, events_of, llama, make, numbers, plain, same
 
@@ -155,15 +166,40 @@ def test_readings_leave_no_trace_but_their_own(tmp_path: Path) -> None:
     (log_0, seen_0, adapter_0, random_0), (log_1, seen_1, adapter_1, random_1) = outcomes
     assert log_0 == log_1 and seen_0 == seen_1
     assert same(adapter_0, adapter_1) and torch.equal(random_0, random_1)
-    readings = [event for event in told if isinstance(event, Evaluated)]
+    everything = [event for event in told if isinstance(event, Evaluated)]
+    readings, probes = (
+        [event for event in everything if event.name == name] for name in ("eval", PROBE)
+    )
+    assert everything == [event for pair in zip(readings, probes, strict=True) for event in pair]
+    chosen = sorted(order(100, seed=3, epoch=0)[:6])
+    probe = trainer.evaluate([plain(100)[n] for n in chosen])["eval_loss"]
+    assert probes[-1].loss == pytest.approx(probe, rel=1e-6) and probes[-1].loss < probes[0].loss
     assert [(event.step, event.occasion) for event in readings] == [
         (step, "reading") for step in (0, 25, 50)
     ]
     assert readings[0].loss != readings[-1].loss
     lines = [json.loads(x) for x in (tmp_path / "False" / "journal.jsonl").read_text().splitlines()]
     assert [line["loss"] for line in lines if line["event"] == "Evaluated"] == [
-        event.loss for event in readings
+        event.loss for event in everything
     ]
+
+
+def test_training_examples_are_read_beside_what_was_asked(tmp_path: Path) -> None:
+    """And leave no trace either; of the same examples each time."""
+    outcomes = []
+    for given in ({"eval_strategy": "epoch"}, {"eval_strategy": "epoch", "eval_on_start": True}):
+        trainer = make(
+            tmp_path / str(len(given)), model=llama(dropout=0.3), data=plain(40),
+            num_train_epochs=2, eval_dataset=HELD, callbacks=[record := Record()], **given,
+        )  # fmt: skip
+        with events_of(trainer) as told:
+            trainer.train()
+        read = [(e.step, e.occasion) for e in told if isinstance(e, Evaluated) and e.name == PROBE]
+        assert read == [(step, "reading") for step in (0, 10, 20) if step or len(given) > 1]
+        outcomes.append(adapter(trainer))
+        assert [name for name, *_ in record.seen].count("on_evaluate") == len(given) + 1
+        assert not any("probe" in key for entry in trainer.state.log_history for key in entry)
+    assert same(*outcomes)
 
 
 def test_readings_are_turned_off_in_writing(tmp_path: Path) -> None:
@@ -171,7 +207,8 @@ def test_readings_are_turned_off_in_writing(tmp_path: Path) -> None:
         trainer = make(tmp_path, eval_dataset=plain(4), **given)
         with events_of(trainer) as told:
             trainer.train()
-        assert not [e for e in told if isinstance(e, Evaluated) and e.occasion == "reading"]
+        readings = [e for e in told if isinstance(e, Evaluated) and e.occasion == "reading"]
+        assert {e.name for e in readings} == (set() if "no" in given.values() else {PROBE})
 
 
 def test_transformers_arguments_get_readings_too(tmp_path: Path) -> None:
@@ -183,7 +220,7 @@ def test_transformers_arguments_get_readings_too(tmp_path: Path) -> None:
     )
     with events_of(trainer) as told:
         trainer.train()
-    assert [event.step for event in told if isinstance(event, Evaluated)] == [0, 2]
+    assert [event.step for event in told if isinstance(event, Evaluated)] == [0, 0, 2, 2]
 
 
 # ---- events
@@ -201,11 +238,37 @@ def test_the_events_of_a_run(tmp_path: Path) -> None:
     assert [event.loss for event in logs] == pytest.approx(
         [sum(losses[at : at + 2]) / 2 for at in (0, 2, 4)]
     )
+    peaks = [event for event in told if isinstance(event, MemoryPeak)]
+    assert [event.step for event in peaks] == [2, 4, 6]
+    assert all(0 < a.bytes <= b.bytes for a, b in pairwise(peaks))
     started = told[0]
     assert isinstance(started, RunStarted)
     assert (started.examples, started.examples_per_step, started.steps) == (12, 4, 6)
     lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text().splitlines()]
     assert [line["event"] for line in lines] == names
+
+
+def test_tensorboard_gets_the_numbers_of_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read back from the files that the real package wrote."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make(
+        tmp_path / "run", report_to="tensorboard", eval_dataset=HELD, eval_strategy="epoch",
+        num_train_epochs=2,
+    )  # fmt: skip
+    trainer.train()
+    written = accumulator.EventAccumulator(str(tmp_path / "board")).Reload()
+    tags = written.Tags()["scalars"]
+    assert {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"} <= set(tags)
+    assert not any("probe" in tag for tag in tags)
+    for tag in ("train/loss", "train/learning_rate", "train/grad_norm", "eval/loss"):
+        name = tag.removeprefix("train/").replace("eval/", "eval_")
+        logged = [(e["step"], e[name]) for e in trainer.state.log_history if name in e]
+        read = [(scalar.step, scalar.value) for scalar in written.Scalars(tag)]
+        assert [step for step, _ in read] == [step for step, _ in logged] and len(read) > 1
+        assert [v for _, v in read] == pytest.approx([v for _, v in logged], rel=1e-6)
 
 
 def test_numbers_wait_no_longer_than_eight_steps(tmp_path: Path) -> None:

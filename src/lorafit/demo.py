@@ -14,7 +14,7 @@ from lorafit import config, job
 from lorafit.data import docstrings, read
 from lorafit.data.read import Source
 from lorafit.deploy.generate import Answer, Sampling, answer, answer_with_base
-from lorafit.events import Evaluated, Event
+from lorafit.events import PROBE, Evaluated, Event
 from lorafit.model import adapters
 
 SHOWN = 3
@@ -86,7 +86,7 @@ def _source(name: str, pairs: Sequence[docstrings.QuestionAnswer]) -> Source:
 
 
 def _note_reading(event: Event, readings: list[float]) -> None:
-    if isinstance(event, Evaluated):
+    if isinstance(event, Evaluated) and event.name != PROBE:
         readings.append(event.loss)
 
 

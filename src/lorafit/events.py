@@ -145,7 +145,8 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPeak:
-    """The most memory held since the last such event, and what was planned (0: nothing was)."""
+    """The most memory that the run has held so far, and what was planned (0: nothing was): resident
+    on a CPU, torch's allocations on CUDA, where the context that is planned for comes besides."""
 
     step: int
     bytes: int

@@ -25,6 +25,7 @@ from lorafit.run import lock, store
 from lorafit.run.accelerator import Accelerator
 from lorafit.run.callbacks import Callbacks, set_verbosity, speed_metrics
 from lorafit.run.console import Console
+from lorafit.run.metrics import last_evaluation
 from lorafit.run.observers import Observers
 from lorafit.run.progress import BadWeights
 from lorafit.run.signals import Signals
@@ -313,7 +314,7 @@ class Face:
             raise BadWeights(base.some(bad))
 
     def _contract(self) -> dict[str, Any]:
-        metrics = {"step": self.state.global_step, **parts.last_evaluation(self.state.log_history)}
+        metrics = {"step": self.state.global_step, **last_evaluation(self.state.log_history)}
         return {"base": identity.described(self.model), "metrics": metrics, **self.contract}
 
     def create_model_card(

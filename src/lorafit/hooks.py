@@ -20,7 +20,7 @@ from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
-from lorafit.engine.evaluation import Evaluation, Gathered, Predicted, evaluate
+from lorafit.engine.evaluation import Evaluation, Predicted, evaluate
 from lorafit.engine.layout import MicroBatch, as_given, moved
 from lorafit.engine.objective import Objective
 from lorafit.engine.optim import Recipe
@@ -32,6 +32,7 @@ from lorafit.names import UNCALLED
 from lorafit.packing import Packing
 from lorafit.parts import Overrides
 from lorafit.run.callbacks import EvalLoopOutput, PredictionOutput
+from lorafit.run.metrics import Gathered, metrics_of
 from lorafit.run.observers import evaluated
 
 
@@ -44,6 +45,7 @@ class Hooks(Face):
 
     _packing = Packing()
     _objective_of: tuple[tuple[Any, ...], Objective] | None = None
+    _each: Tensor | None = None  # of the batch that was predicted last
     model_preparation_time: float | None = None
     """Seconds that an evaluation before any training took to find out the model's loss."""
 
@@ -432,7 +434,7 @@ class Hooks(Face):
         computed = gathered.metrics()
         if self.model_preparation_time is not None:
             computed["model_preparation_time"] = self.model_preparation_time
-        metrics = parts.metrics_of(measured, computed, prefix=metric_key_prefix)
+        metrics = metrics_of(measured, computed, prefix=metric_key_prefix)
         rows = loader.rows_of(dataloader)
         arrays = gathered.arrays("predictions"), gathered.arrays("label_ids")
         return EvalLoopOutput(*arrays, metrics, measured.examples if rows is None else rows)
@@ -449,16 +451,15 @@ class Hooks(Face):
         theirs = overrides.any_of("prediction_step", "get_eval_dataloader", "get_test_dataloader")
         end_to_end = loss_only and self._packing.runner is not None and not theirs
 
-        def predict(batch: MicroBatch) -> tuple[Tensor | None, Any, Any]:
+        def predict(batch: MicroBatch) -> tuple[Tensor | None, Any, Any, Tensor | None]:
             if batch.documents:
-                return (
-                    self._objective().measure(self.model, batch.to(self._device)).loss,
-                    None,
-                    None,
-                )
-            return self.prediction_step(
+                measured = self._objective().measure(self.model, batch.to(self._device))
+                return measured.loss, None, None, measured.each
+            self._each = None
+            made = self.prediction_step(
                 self.model, batch.inputs, loss_only, ignore_keys=ignore_keys
             )
+            return *made, None if overrides.any_of("prediction_step") else self._each
 
         laid = self._packing if end_to_end else Packing()
         with optim.resting(self.optimizer), base.without_cache(self.model):
@@ -496,6 +497,7 @@ class Hooks(Face):
             if has_labels or asked:
                 measured = objective.measure(model, batch.to(self.accelerator.device))
                 loss, outputs = measured.loss.detach().mean(), measured.outputs
+                self._each = measured.each
             else:
                 outputs = model(**inputs)
                 loss = None if labels else objectives.loss_among(outputs)

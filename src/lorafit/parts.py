@@ -7,8 +7,8 @@ things happen.
 import inspect
 import math
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +20,13 @@ from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
-from lorafit.engine.evaluation import Evaluation, Readings, plan_readings
+from lorafit.engine.evaluation import Readings, plan_readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import ComputeLoss, Objective, Whole
 from lorafit.engine.optim import Recipe, Updater
 from lorafit.engine.precision import Precision
 from lorafit.engine.step import Engine
-from lorafit.errors import ConfigError, MissingMetricError
+from lorafit.errors import ConfigError
 from lorafit.model import adapters, base
 from lorafit.run import signals
 from lorafit.run.callbacks import speed_metrics
@@ -377,18 +377,21 @@ def engine(
 def readings(
     plan: Plan, arguments: TrainingArguments, *, train: Any, held_out: Any, overrides: Overrides
 ) -> Readings:
-    """The automatic readings of a script that passes an evaluation set alone. None for streams,
-    for named sets, where `eval_strategy` was written out, and where a reading would run what the
-    user has written for evaluations that were not asked for."""
-    written = arguments.was_set("eval_strategy") or arguments.eval_strategy != "no"
-    asked = written or isinstance(held_out, dict)
-    size = loader.length_of(held_out)
-    if asked or overrides.of_evaluation or not size or plan.steps_per_epoch is None:
+    """The automatic readings of a script that passes an evaluation set alone; of one that says when
+    to evaluate, or names sets, those of the training examples beside. None for streams, where
+    `eval_strategy` is "no" in writing, and where a reading would run what the user has written for
+    evaluations that were not asked for."""
+    written, named = arguments.was_set("eval_strategy"), isinstance(held_out, dict)
+    size = min(map(len, held_out.values()), default=0) if named else loader.length_of(held_out)
+    off = overrides.of_evaluation or (written and arguments.eval_strategy == "no")
+    if off or not size or plan.steps_per_epoch is None:
         return Readings(frozenset(), 0)
     processed = round((loader.length_of(train) or 0) * plan.steps / plan.steps_per_epoch)
-    return plan_readings(
+    made = plan_readings(
         steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, examples=processed, held_out=size
     )
+    asked = written or named or arguments.eval_strategy != "no"
+    return replace(made, steps=frozenset()) if asked else made
 
 
 def subset(dataset: Any, examples: int, *, seed: int) -> Any:
@@ -399,44 +402,7 @@ def subset(dataset: Any, examples: int, *, seed: int) -> Any:
     return Subset(dataset, loader.order(size, seed=seed, epoch=0)[:examples])
 
 
-def metrics_of(measured: Evaluation, computed: Mapping[str, Any], *, prefix: str) -> dict[str, Any]:
-    """An evaluation under transformers' names: its loss, if it has one, and what is computed."""
-    loss = {} if measured.loss is None else {f"{prefix}_loss": measured.loss}
-    mark = f"{prefix}_"
-    named = {key if key.startswith(mark) else mark + key: computed[key] for key in computed}
-    return named | loss
-
-
 def speed_of(prefix: str, began: float, *, examples: int, batch_size: int) -> dict[str, float]:
     """Runtime (seconds) and rates per second of an evaluation that `began` then."""
     steps = math.ceil(examples / batch_size)
     return speed_metrics(prefix, began, num_samples=examples, num_steps=steps)
-
-
-def deciding_metric(arguments: TrainingArguments, metrics: Mapping[str, float]) -> float:
-    """The value of `metric_for_best_model`.
-
-    Raises:
-        MissingMetricError: it is not among `metrics`.
-    """
-    name = arguments.metric_for_best_model or "loss"
-    name = name if name.startswith("eval_") else f"eval_{name}"
-    if name not in metrics:
-        raise MissingMetricError(
-            f"metric_for_best_model={name!r} is not among the metrics: {', '.join(metrics)}.",
-            fix="Name one of them.",
-        )
-    return metrics[name]
-
-
-def is_better(value: float, best: float | None, *, greater: bool | None) -> bool:
-    """Whether a metric beats the best so far; what is not finite never does."""
-    if not math.isfinite(value):
-        return False
-    return best is None or (value > best if greater else value < best)
-
-
-def last_evaluation(log: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last `eval_loss` that was logged; empty where there is none."""
-    losses = [entry["eval_loss"] for entry in log if "eval_loss" in entry]
-    return {"eval_loss": losses[-1]} if losses else {}

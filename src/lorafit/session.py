@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorafit import parts
@@ -19,10 +20,10 @@ from lorafit.data.loader import Loader, StepBatches, rows_of
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.optim import Updater
-from lorafit.engine.room import Room
+from lorafit.engine.room import Room, peak_bytes
 from lorafit.engine.step import Engine, StepResult
 from lorafit.errors import ConfigError
-from lorafit.events import Reason, RunEnded, RunStarted
+from lorafit.events import MemoryPeak, Reason, RunEnded, RunStarted
 from lorafit.model import adapters
 from lorafit.parts import START, Plan
 from lorafit.run import checkpoint
@@ -30,6 +31,7 @@ from lorafit.run.callbacks import Callbacks, speed_metrics
 from lorafit.run.checkpoint import Kept, Position, RunState
 from lorafit.run.journal import Journal
 from lorafit.run.progress import Done, Progress
+from lorafit.run.readings import Cost
 from lorafit.run.signals import Signals
 
 _MOMENTS, _BESIDE_WEIGHTS = 12, 1 << 20
@@ -109,6 +111,10 @@ class Session:
     saved_in: Path | None = None
     saved_bytes: int = 0
     read_at: set[int] = field(default_factory=set)
+    cost: Cost = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cost = Cost(self.plan.steps)
 
     @property
     def room(self) -> Room:
@@ -204,6 +210,12 @@ class Session:
     def reading_is_due(self) -> bool:
         """Whether an automatic reading belongs here and was not taken yet."""
         return self.position.step in self.readings.steps - self.read_at
+
+    def memory_peak(self) -> MemoryPeak:
+        """The most memory held so far, for observers."""
+        device = self.engine.precision.device
+        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+        return MemoryPeak(self.position.step, held)
 
     def save_is_asked(self) -> bool:
         """Whether a signal wants a checkpoint that is not there yet; answers it."""

@@ -7,6 +7,7 @@ call and override is `Face`'s. The loop is `_epoch`.
 
 import math
 import signal
+import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -26,7 +27,7 @@ from lorafit.engine.objective import Objective, Whole
 from lorafit.engine.optim import Reached
 from lorafit.engine.room import Full, Room, forget_peak, peak_bytes
 from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
-from lorafit.events import Saved
+from lorafit.events import PROBE, Evaluated, Saved
 from lorafit.hooks import Hooks
 from lorafit.model import adapters, base, identity
 from lorafit.model.lora import counting_dropout
@@ -38,6 +39,7 @@ from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.console import show_practice
 from lorafit.run.journal import Journal
+from lorafit.run.metrics import deciding_metric, is_better
 from lorafit.run.observers import evaluated, watching_gradients
 from lorafit.run.practice import PRACTICE, PRACTICE_PAGE, Practice
 from lorafit.run.progress import Ended, Progress
@@ -166,6 +168,7 @@ class Trainer(Hooks):
                 run.signals.poll()
                 if run.arguments.eval_on_start and not run.position.step:
                     self.evaluate(ignore_keys=run.ignore_keys)
+                    self._take_reading(run, PROBE)
                 self._act(run)  # a reading, or the evaluation that an interrupted run was at
             for epoch in range(run.position.epoch, run.plan.epochs):
                 self._epoch(run, epoch)
@@ -207,7 +210,7 @@ class Trainer(Hooks):
         if self._callbacks.asks() or run.watch.signals.save:
             self._do_as_asked(run)
         if run.reading_is_due():
-            self._take_reading(run)
+            self._take_reading(run, "eval", PROBE)
 
     def _do_as_asked(self, run: Session) -> None:
         """Log, evaluate, save, with the numbers of every step so far."""
@@ -216,6 +219,7 @@ class Trainer(Hooks):
             self._log_window(run)
         if self.control.should_evaluate:
             self._evaluate_in_run(run)
+            self._take_reading(run, PROBE)
         asked, due = run.save_is_asked(), self.control.should_save
         if due:
             self._save_checkpoint(self.model, None)
@@ -228,7 +232,7 @@ class Trainer(Hooks):
         logged = run.progress.logged()
         if logged is None:
             return
-        self.observers.tell(logged)
+        self.observers.tell(logged, run.memory_peak())
         self.log(
             {
                 "loss": logged.loss,
@@ -249,37 +253,50 @@ class Trainer(Hooks):
         decides = arguments.metric_for_best_model or arguments.save_strategy == "best"
         if not (decides or isinstance(schedule, ReduceLROnPlateau)):
             return
-        value, state = parts.deciding_metric(arguments, metrics), self.state
+        value, state = deciding_metric(arguments, metrics), self.state
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(value)
         if not decides:
             return
         if state.best_metric is None:  # from here on patience counts, whatever comes first
             state.best_metric = -math.inf if arguments.greater_is_better else math.inf
-        best = parts.is_better(value, state.best_metric, greater=arguments.greater_is_better)
+        best = is_better(value, state.best_metric, greater=arguments.greater_is_better)
         if best:
             state.best_metric, state.best_global_step = value, state.global_step
         if arguments.save_strategy == "best":
             self.control.should_save = best
 
-    def _take_reading(self, run: Session) -> None:
-        """The readings that a script gets by passing an evaluation set alone: journal and terminal
-        see them, `log_history`, callbacks and random state do not."""
-        run.read_at.add(run.position.step)
-        chosen = parts.subset(self.eval_dataset, run.readings.examples, seed=run.arguments.seed)
+    def _take_reading(self, run: Session, *names: str) -> None:
+        """The readings that a script gets by passing an evaluation set alone, and those of training
+        examples beside any evaluation: journal and terminal see them, `log_history`, callbacks and
+        random state do not."""
+        step, count = run.position.step, run.readings.examples
+        fresh = step not in run.read_at
+        run.read_at.add(step)
+        if not (count and fresh and run.cost.allows(step)):
+            return
+        began, told = time.monotonic(), list[Evaluated]()
         try:
             with checkpoint.random_state_kept():
-                batches = self.get_test_dataloader(chosen)
-                measured = self._measured(
-                    batches, loss_only=True, keep=lambda _: run.signals.poll()
-                )
+                for name in names:
+                    rows = self.train_dataset if name == PROBE else self.eval_dataset
+                    told.append(self._read(run, rows, name=name))
         except Asked:
+            run.read_at.discard(step)
             raise
         except Exception as error:  # nobody asked for it: whatever it is, the run goes on
             run.readings = Readings(frozenset(), 0)
-            self.observers.say(f"eval_dataset cannot be read by itself, left out: {error}")
+            self.observers.say(f"loss cannot be read by itself, left out: {error}")
             return
-        self.observers.tell(evaluated(measured, self.state, name="eval", occasion="reading"))
+        run.cost.add(step, time.monotonic() - began)
+        self.observers.tell(*told, run.memory_peak())
+
+    def _read(self, run: Session, rows: Any, *, name: str) -> Evaluated:
+        """A reading of as many of `rows` as were planned, always the same ones."""
+        chosen = parts.subset(rows, run.readings.examples, seed=run.arguments.seed)
+        batches = self.get_test_dataloader(chosen)
+        measured = self._measured(batches, loss_only=True, keep=lambda _: run.signals.poll())
+        return evaluated(measured, self.state, name=name, occasion="reading")
 
     # ---- beginning, saving, ending -------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorafit.engine.evaluation import (
     FORWARD,
+    GROUPS,
     SHARE,
     Evaluation,
     Predict,
@@ -69,8 +70,8 @@ def read(batches: list[MicroBatch], *, predict: Predict) -> Evaluation:
     )
 
 
-def predict(batch: MicroBatch) -> tuple[Tensor, None, None]:
-    return batch.inputs["labels"], None, None
+def predict(batch: MicroBatch) -> tuple[Tensor, None, None, None]:
+    return batch.inputs["labels"], None, None, None
 
 
 def test_nats_are_summed_in_float64() -> None:
@@ -95,14 +96,21 @@ def test_a_batch_without_supervision_weighs_nothing() -> None:
 
 def test_a_batch_without_labels_weighs_by_its_rows() -> None:
     many = [MicroBatch({"x": torch.full((n,), float(n))}, 0, 0, 0) for n in (1, 3)]
-    found = read(many, predict=lambda batch: (batch.inputs["x"], None, None))
+    found = read(many, predict=lambda batch: (batch.inputs["x"], None, None, None))
     assert found.loss == 2.5
+
+
+def test_of_a_loss_of_the_modules_own_a_micro_batch_is_a_group() -> None:
+    found = read([constant(9.0, 9), constant(7.0, 2)], predict=predict)
+    assert (found.nats, found.tokens) == ((9.0, 7.0), (9, 2))
+    many = read([constant(1.0, 1) for _ in range(GROUPS + 2)], predict=predict)
+    assert many.tokens == (2, 2, *[1] * (GROUPS - 2)) and many.nats[:3] == (2.0, 2.0, 1.0)
 
 
 def test_a_set_without_losses_has_none() -> None:
     assert read([], predict=predict).loss is None
     unlabelled = MicroBatch({"x": torch.ones(1)}, 0, 0, 0)
-    assert read([unlabelled], predict=lambda _: (None, None, None)).loss is None
+    assert read([unlabelled], predict=lambda _: (None, None, None, None)).loss is None
 
 
 def test_the_last_batch_is_known() -> None:

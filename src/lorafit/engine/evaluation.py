@@ -1,12 +1,13 @@
 """Evaluation: nats over supervised tokens, both summed over the whole set, divided once.
 
 The number does not depend on batch size or padding. Predictions are kept only where somebody wants
-them; otherwise memory does not grow with the set. Also decides which automatic readings fit within
+them; otherwise memory does not grow with the set. Also plans which automatic readings fit within
 their share of a run. Knows no files and no optimiser.
 """
 
+import math
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +16,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lorafit import compat
-from lorafit.arguments import TrainingArguments
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.room import Room
 
@@ -25,29 +24,82 @@ T = TypeVar("T")
 LayOut = Callable[[Any, int], list[MicroBatch]]
 """What the collator made, and a number of tokens -> its micro-batches, of so many at most."""
 
-Predict = Callable[[MicroBatch], tuple[Tensor | None, Any, Any]]
-"""A micro-batch -> its mean loss, predictions and labels, each None where there is none."""
+Predict = Callable[[MicroBatch], tuple[Tensor | None, Any, Any, Tensor | None]]
+"""A micro-batch -> its mean loss, predictions, labels, and the nats of each supervised token, each
+None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     """`loss` in nats per supervised token (float64 arithmetic): NaN where nothing is supervised,
-    None where nothing has labels."""
+    None where nothing has labels. `nats` and `tokens`: see `Groups`; empty where
+    the loss is not finite."""
 
     loss: float | None
     supervised: int
     examples: int
     seconds: float
+    nats: tuple[float, ...] = ()
+    tokens: tuple[int, ...] = ()
 
 
 class Predicted(NamedTuple):
-    """One micro-batch after `Predict`; `last` of its set or not."""
+    """One micro-batch after `Predict`; `last` of its set or not. `each`: see `Measured`."""
 
     batch: MicroBatch
     loss: Tensor | None
     logits: Any
     labels: Any
+    each: Tensor | None = None
     last: bool = False
+
+    @property
+    def weight(self) -> int:
+        """Its supervised tokens; its rows, where it has no labels."""
+        return self.batch.supervised if self.batch.has_labels else self.batch.rows
+
+
+GROUPS = 512
+"""So many sums of nats are kept of a set at most, however many examples it has."""
+
+
+@dataclass
+class Groups:
+    """Summed nats and supervised tokens of a set's examples, number i in group i mod `GROUPS`, so
+    that neither batches nor layout matter. Where only the module knows its loss, a micro-batch's
+    counts as that of its first example.
+
+    Mutable: `seen` examples have been added.
+    """
+
+    seen: int = 0
+    _nats: Tensor = field(default_factory=lambda: torch.zeros(GROUPS, dtype=torch.float64))
+    _tokens: Tensor = field(default_factory=lambda: torch.zeros(GROUPS, dtype=torch.int64))
+
+    def add(self, parts: Sequence[Predicted]) -> None:
+        """The parts of the next batch."""
+        began = self.seen
+        for part in parts:
+            first = began if part.batch.documents else self.seen
+            self.seen += part.batch.rows
+            if part.loss is None or not part.weight:
+                continue
+            owners_N, nats_N = torch.zeros(1, dtype=torch.int64), exact(part.loss)[None]
+            tokens_N = torch.tensor([part.weight])
+            nats_N = nats_N * part.weight
+            if part.each is not None:
+                owners_N, nats_N = part.batch.owners, wide(part.each)
+                tokens_N = torch.ones_like(owners_N)
+            groups_N = (owners_N + first) % GROUPS
+            self._tokens.index_add_(0, groups_N, tokens_N)
+            self._nats = self._nats.to(nats_N.device)
+            self._nats.index_add_(0, groups_N.to(nats_N.device), nats_N)
+
+    def told(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Nats, to six digits after the point, and tokens, of each group that has an example."""
+        count = min(self.seen, GROUPS)
+        nats = tuple(round(each, 6) for each in self._nats[:count].tolist())
+        return nats, tuple(self._tokens[:count].tolist())
 
 
 def evaluate(
@@ -73,27 +125,34 @@ def evaluate(
         Full: memory does not hold a single row.
     """
     nats: Tensor | float = 0.0
-    count = examples = 0
+    count = 0
     has_loss = False
-    started = time.perf_counter()
+    started, groups = time.perf_counter(), Groups()
 
     with measuring(model):
-        for predicted in _predicted(batches, lay_out, predict=predict, room=room, step=step):
-            batch, loss = predicted.batch, predicted.loss
-            weight = batch.supervised if batch.has_labels else batch.rows
+        told = _predicted(batches, lay_out, predict=predict, room=room, step=step, groups=groups)
+        for predicted in told:
+            loss, weight = predicted.loss, predicted.weight
             has_loss |= loss is not None
             if loss is not None and weight:  # without supervision there is no mean to weigh
                 nats = nats + exact(loss) * weight
                 count += weight
-            examples += batch.rows
             if keep is not None:
                 keep(predicted)
     mean = float(nats) / count if count else float("nan")
-    return Evaluation(mean if has_loss else None, count, examples, time.perf_counter() - started)
+    each = groups.told() if math.isfinite(mean) else ((), ())
+    seconds = time.perf_counter() - started
+    return Evaluation(mean if has_loss else None, count, groups.seen, seconds, *each)
 
 
 def _predicted(
-    batches: Iterable[Any], lay_out: LayOut, *, predict: Predict, room: Room, step: int
+    batches: Iterable[Any],
+    lay_out: LayOut,
+    *,
+    predict: Predict,
+    room: Room,
+    step: int,
+    groups: Groups,
 ) -> Generator[Predicted]:
     """What is predicted of each micro-batch, in parts as small as memory needs."""
 
@@ -106,14 +165,20 @@ def _predicted(
 
     for batch, last in with_last(batches):
         made = room.held(partial(lay_out, batch), run, step=step)
+        groups.add(made)
         yield from made[:-1]
         yield made[-1]._replace(last=last)
 
 
 def exact(loss: Tensor) -> Tensor:
-    """The mean of `loss` in float64: on its device, or on the CPU for Metal, which has none."""
-    home = torch.device("cpu") if loss.device.type == "mps" else loss.device
-    return loss.detach().mean().to(home, torch.float64)
+    """The mean of `loss` in float64."""
+    return wide(loss.detach().mean())
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """`tensor` in float64: on its device, or on the CPU for Metal, which has none."""
+    home = torch.device("cpu") if tensor.device.type == "mps" else tensor.device
+    return tensor.to(home, torch.float64)
 
 
 def with_last(batches: Iterable[T]) -> Generator[tuple[T, bool]]:
@@ -138,76 +203,6 @@ def measuring(model: nn.Module) -> Generator[None]:
             module.training = mode
 
 
-@dataclass
-class Gathered:
-    """What metrics and predictions are made of, gathered from each micro-batch: call it with one.
-
-    Batches of unequal widths are joined by padding with -100 on the right (transformers' rule).
-
-    Attributes:
-        compute_metrics: Takes an `EvalPrediction`; with `batch_eval_metrics` also whether to return
-            the result, which is asked for at the last micro-batch.
-        preprocess: (predictions, labels) -> what is kept of the predictions.
-        main_input: The name of the input that `include_for_metrics` means.
-        keeps: Whether arrays are wanted; if not, metrics are computed batch by batch.
-    """
-
-    arguments: TrainingArguments
-    compute_metrics: Callable[..., Mapping[str, Any] | None] | None
-    preprocess: Callable[[Any, Any], Any] | None
-    main_input: str
-    keeps: bool
-    _kept: dict[str, Any] = field(default_factory=dict)
-    _metrics: Mapping[str, Any] | None = None
-    _seen: int = 0
-
-    def __call__(self, predicted: Predicted) -> None:
-        """Keep what is wanted of one micro-batch."""
-        batch, loss, logits, labels, last = predicted
-        if logits is not None and self.preprocess is not None:
-            logits = self.preprocess(logits, labels)
-        wanted = self.arguments.include_for_metrics
-        parts: dict[str, Any] = {
-            "predictions": logits,
-            "label_ids": labels,
-            "inputs": batch.inputs[self.main_input] if "inputs" in wanted else None,
-            "losses": loss.repeat(batch.rows) if loss is not None and "loss" in wanted else None,
-        }
-        by_batch = self.arguments.batch_eval_metrics and self.compute_metrics is not None
-        if by_batch and logits is not None and labels is not None:
-            assert self.compute_metrics is not None
-            # one batch at a time the metrics see all inputs, else the main one: transformers' rule
-            given = compat.eval_prediction(
-                parts | {"inputs": batch.inputs if "inputs" in wanted else None}
-            )
-            self._metrics = self.compute_metrics(given, compute_result=last)
-        if self.keeps or not by_batch:
-            self._add(parts)
-
-    def _add(self, parts: Mapping[str, Any]) -> None:
-        self._seen += 1
-        every = self.arguments.eval_accumulation_steps
-        for name, part in parts.items():
-            if part is not None:
-                joined = self.arguments.eval_do_concat_batches
-                kept = self._kept.setdefault(name, compat.eval_container(joined=joined))
-                kept.add(part)
-                if every and self._seen % every == 0:
-                    kept.to_cpu_and_numpy()
-
-    def arrays(self, name: str) -> Any:
-        """The `predictions` or `label_ids` of the whole set in numpy; None where there are none."""
-        return self._kept[name].get_arrays() if name in self._kept else None
-
-    def metrics(self) -> dict[str, Any]:
-        """What `compute_metrics` returns, in plain numbers; empty without it, or without labels."""
-        parts = {name: self.arrays(name) for name in self._kept}
-        ready = "predictions" in parts and "label_ids" in parts
-        if self._metrics is None and self.compute_metrics is not None and ready:
-            self._metrics = self.compute_metrics(compat.eval_prediction(parts))
-        return compat.plain_metrics(self._metrics or {})
-
-
 SHARE = 0.05
 """Automatic readings may cost this much of a run."""
 FORWARD = 0.5
@@ -217,7 +212,8 @@ FORWARD = 0.5
 @dataclass(frozen=True, slots=True)
 class Readings:
     """When to read the evaluation loss by itself (`steps`; 0 is before training), on the first
-    `examples` of the evaluation set in an order drawn once from the seed."""
+    `examples` of the evaluation set in an order drawn once from the seed. So many of the training
+    set are read beside it, and beside evaluations that were asked for; 0: nothing is."""
 
     steps: frozenset[int]
     examples: int
@@ -225,11 +221,11 @@ class Readings:
     @property
     def notice(self) -> str:
         """One line about them; empty where there are none."""
-        if not self.examples:
+        if not self.steps:
             return ""
         return (
-            f"eval_dataset without eval_strategy: the loss on {self.examples} of its examples is "
-            f"read {len(self.steps)} times, within 5% of the run's cost"
+            f"eval_dataset without eval_strategy: the loss on {self.examples} of its examples, and "
+            f"on as many of training, is read {len(self.steps)} times, within 5% of the run's cost"
         )
 
 
@@ -238,7 +234,8 @@ def plan_readings(*, steps: int, steps_per_epoch: int, examples: int, held_out: 
 
     Their cost is held within `SHARE` of the run's by reading fewer examples, always the same ones;
     where fewer than 16 would be left, the epochs' readings go first, then the bound gives way
-    to 8 examples, below which a reading says nothing.
+    to 8 examples, below which a reading says nothing. The training examples beside are not
+    counted: what readings really take is held by reading less often (`run.readings`).
 
     Args:
         steps: Optimiser steps of the run.

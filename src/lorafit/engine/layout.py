@@ -35,6 +35,7 @@ class MicroBatch:
         examples: How many lie end to end, those without supervision that were left out included.
         drawn: The key of each token's example and its position there, where LoRA's dropout is
             made from them.
+        places: Of each example that lies end to end, its place among those that were given.
     """
 
     inputs: Any
@@ -44,6 +45,16 @@ class MicroBatch:
     documents: tuple[int, ...] = ()
     examples: int = 0
     drawn: tuple[Tensor, Tensor] | None = None
+    places: tuple[int, ...] = ()
+
+    @property
+    def owners(self) -> Tensor:
+        """Of each supervised token the example that it belongs to, [N]: its row, or its place."""
+        if not self.documents:
+            return (self.inputs["labels"][:, 1:] != IGNORE).nonzero()[:, 0]
+        ends = torch.tensor(self.documents).cumsum(0)
+        numbers = torch.bucketize(self.inputs["rows"], ends, right=True)
+        return torch.tensor(self.places)[numbers]
 
     @property
     def rows(self) -> int:
@@ -206,7 +217,7 @@ def packed(
         batch = _end_to_end([documents[place] for place in places])
         keys = torch.tensor([example_key(draw, place) for place in places] if draw else [])
         drawn = _by_token(keys, batch) if draw else None
-        made.append(replace(batch, drawn=drawn))
+        made.append(replace(batch, drawn=drawn, places=tuple(places)))
     others = [d.tokens for place, d in enumerate(documents) if place not in kept]
     first, rest = made[0], made[1:]
     whole = replace(first, tokens=first.tokens + sum(others), examples=first.examples + len(others))

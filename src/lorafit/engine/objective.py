@@ -16,7 +16,7 @@ from lorafit.engine.layout import MicroBatch
 from lorafit.engine.precision import Precision
 from lorafit.errors import ConfigError
 from lorafit.kernels.attention import Documents
-from lorafit.kernels.cross_entropy import summed_nats, supervised_tokens
+from lorafit.kernels.cross_entropy import summed_and_each, summed_nats, supervised_tokens
 from lorafit.kernels.lora import Counters
 from lorafit.model.documents import Runner
 from lorafit.model.lora import Drawn
@@ -33,10 +33,12 @@ class Whole:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One evaluated micro-batch: its mean loss, and what the model returned."""
+    """One evaluated micro-batch: its mean loss, what the model returned, and the nats of each
+    supervised token in `MicroBatch.owners`' order, [N]; None where only the module knows them."""
 
     loss: Tensor
     outputs: Any = None
+    each: Tensor | None = None
 
 
 class Part(Protocol):
@@ -77,8 +79,8 @@ def summed(precision: Precision, *, smoothing: float = 0.0) -> Objective:
 
     def measure(model: nn.Module, batch: MicroBatch) -> Measured:
         outputs, labels = forward(model, batch)
-        nats = summed_nats(outputs["logits"], labels)
-        return Measured(nats / max(batch.supervised, 1), outputs)
+        nats, each_N = summed_and_each(outputs["logits"], labels)
+        return Measured(nats / max(batch.supervised, 1), outputs, each_N)
 
     return Objective(part, measure, shifted=True, divides=True)
 
@@ -114,7 +116,8 @@ def by_documents(runner: Runner | None, otherwise: Objective, *, drawn: Drawn) -
         if runner is None or not batch.documents:
             return otherwise.measure(model, batch)
         nats_N = runner.each(states(batch), batch.inputs["targets"])
-        return Measured(nats_N.sum(dtype=_wide(nats_N)) / max(batch.supervised, 1))
+        total = nats_N.sum(dtype=_wide(nats_N))
+        return Measured(total / max(batch.supervised, 1), each=nats_N)
 
     return Objective(part, measure, otherwise.shifted, otherwise.divides)
 

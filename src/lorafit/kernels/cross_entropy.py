@@ -55,15 +55,25 @@ def summed_nats(
     Returns:
         A float32 scalar (float64 for float64 logits); 0, with a graph, where nothing is supervised.
     """
-    targets_BT = labels_BT[:, 1:] if shifted else labels_BT
-    kept_BT = targets_BT != IGNORE
-    logits_NV = (logits_BTV[:, :-1] if shifted else logits_BTV)[kept_BT]
-    if logits_NV.dtype != torch.float64:
-        logits_NV = logits_NV.float()
-    targets_N = targets_BT[kept_BT]
+    logits_NV, targets_N = _supervised(logits_BTV, labels_BT, shifted=shifted)
     return functional.cross_entropy(
         logits_NV, targets_N, reduction="sum", label_smoothing=smoothing
     )
+
+
+def summed_and_each(logits_BTV: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """What `summed_nats` gives, bit for bit, and the nats of each supervised token, [N]."""
+    logits_NV, targets_N = _supervised(logits_BTV, labels_BT, shifted=True)
+    logs_NV = logits_NV.log_softmax(-1)  # of which cross entropy is made too
+    total = functional.nll_loss(logs_NV, targets_N, reduction="sum")
+    return total, functional.nll_loss(logs_NV, targets_N, reduction="none")
+
+
+def _supervised(logits_BTV: Tensor, labels_BT: Tensor, *, shifted: bool) -> tuple[Tensor, Tensor]:
+    targets_BT = labels_BT[:, 1:] if shifted else labels_BT
+    kept_BT = targets_BT != IGNORE
+    logits_NV = (logits_BTV[:, :-1] if shifted else logits_BTV)[kept_BT]
+    return logits_NV.to(accumulating(logits_NV.dtype)), targets_BT[kept_BT]
 
 
 def supervised_tokens(labels: Tensor, *, shifted: bool) -> int:

@@ -22,6 +22,7 @@ from rich.text import Text
 from lorafit.data.audit import Audit
 from lorafit.errors import shown
 from lorafit.events import (
+    PROBE,
     Evaluated,
     Event,
     Logged,
@@ -190,7 +191,7 @@ class Console:
             return
         if isinstance(event, RunEnded):
             self._bar.stop()
-        if isinstance(event, Evaluated):
+        if isinstance(event, Evaluated) and event.name != PROBE:
             self._shown.evaluation = event.loss
         text = line(event)
         if text:

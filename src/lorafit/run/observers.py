@@ -104,4 +104,6 @@ def evaluated(
         examples=measured.examples,
         seconds=measured.seconds,
         occasion=occasion,
+        nats=measured.nats,
+        tokens=measured.tokens,
     )
