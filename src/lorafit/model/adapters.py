@@ -169,8 +169,12 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             for name in common
             if tensors[name].shape != targets[name].shape
         ],
-        "not finite": [name for name in common if not tensors[name].isfinite().all()],
+        "of another number format": [
+            name for name in common if not _converts(tensors[name].dtype, targets[name].dtype)
+        ],
     }
+    if not any(faults.values()):
+        faults["not finite"] = [name for name in common if not tensors[name].isfinite().all()]
     if any(faults.values()):
         raise ModelError(
             "These weights do not fit the model: "
@@ -181,6 +185,11 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def _converts(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return stored == wanted or (stored in floats and wanted in floats)
 
 
 def restore(model: nn.Module, folder: Path) -> None:
