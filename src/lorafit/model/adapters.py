@@ -268,7 +268,10 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
             guard.header(file)
         return {name: value for file in files for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: its weights cannot be read: {error}") from error
+        raise ModelError(
+            f"{folder}: its weights cannot be read: {error}",
+            fix="Fetch it again from where it came, or take another checkpoint.",
+        ) from error
 
 
 def read_contract(folder: Path) -> dict[str, Any]:

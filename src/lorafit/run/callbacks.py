@@ -218,7 +218,11 @@ def _read_state(path: Path) -> Any:
     Raises:
         ConfigError: it is none.
     """
-    kinds = {**TrainerState.__annotations__, "log_history": list[dict], "stateful_callbacks": dict}
+    kinds = {
+        **TrainerState.__annotations__,
+        "log_history": list[dict[str, Any]],
+        "stateful_callbacks": dict,
+    }
     try:
         if foreign.leads_out(path):
             raise ValueError("it is a link that leads out of its folder")
