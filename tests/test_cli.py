@@ -221,6 +221,24 @@ def test_a_signal_while_data_is_read_leaves_in_good_order(
     assert "Traceback" not in said and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("while_importing", ["typer", "transformers"])
+def test_ctrl_c_while_packages_are_imported_is_one_line(
+    while_importing: str, tmp_path: Path
+) -> None:
+    code = f"""
+import os, runpy, signal, sys
+class Interrupts:
+    def find_spec(self, name, path=None, target=None):
+        if name == {while_importing!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupts())
+sys.argv = ["lorafit", "train", "--model={tmp_path}", "--data=x.jsonl", "--output-dir={tmp_path}/r"]
+runpy.run_module("lorafit", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Stopped.\n")
+
+
 def test_check_tells_what_would_hurt_to_people_and_machines(
     tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

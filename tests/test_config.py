@@ -144,6 +144,17 @@ def test_a_file_that_is_not_there(tmp_path: Path, name: str) -> None:
         config.load(tmp_path / name, {})
 
 
+@pytest.mark.parametrize("value", ["org/evil", "true", "[org/evil]"])
+def test_no_file_lets_a_strangers_code_run(write: Any, value: str) -> None:
+    path = write(f"model: org/evil\ntrust_remote_code: {value}\n")
+    with pytest.raises(ConfigError) as raised:
+        config.load(path, {**NEEDED, "trust_remote_code": "org/mine"})
+    assert raised.value.what == f"{path}:2: trust_remote_code is not read from a file."
+    assert raised.value.why and "--trust-remote-code ORG/REPO" in raised.value.fix
+    made = config.load(write("trust_remote_code: ''\n"), {**NEEDED, "trust_remote_code": "o/r"})
+    assert made.model.trust_remote_code == "o/r" and "trust_remote" not in config.dump(made)
+
+
 def test_sections_are_not_read(write: Any) -> None:
     with pytest.raises(UnknownNameError, match="training"):
         config.load(write("training:\n  seed: 1\n"), NEEDED)

@@ -4,7 +4,6 @@ The public names; each is loaded when it is first used, so that `import lorafit`
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -58,6 +57,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import version  # a tenth of a second, for whoever asks
+
         return version("lorafit")
     if name not in _HOMES:
         raise AttributeError(f"module 'lorafit' has no attribute {name!r}")

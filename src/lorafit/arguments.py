@@ -43,6 +43,8 @@ PYTHON_ONLY = "Python only"
 
 ONCE = "This time only"
 """The group of knobs that are said for one run and belong to no configuration file of it."""
+NOT_IN_FILES = ("trust_remote_code",)
+"""What nobody agrees to by using a file that somebody else wrote."""
 
 _model, _adapter = partial(knob, group="Model"), partial(knob, group="Adapter")
 _data, _rows = partial(knob, group="Data"), partial(knob, group="Lengths")

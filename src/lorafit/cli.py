@@ -23,7 +23,7 @@ from lorafit import config
 from lorafit.arguments import PANELS, PYTHON_ONLY, TrainingArguments
 from lorafit.errors import ConfigError, LorafitError, TrainingInterrupted, UsageError, shown
 from lorafit.panel import Knob
-from lorafit.run.signals import leave
+from lorafit.run.signals import leave, unwind
 
 TEXT = "\n\t"
 """What an answer may hold besides what can be printed."""
@@ -135,6 +135,7 @@ def train(
     resolved = config.load(settings, flags)
     from lorafit import job
 
+    unwind()
     prepared = job.prepare(resolved)
     prepared.trainer.resume_command = _resume_command()
     folder = prepared.run()
@@ -161,6 +162,7 @@ def check(
     from lorafit import review
     from lorafit.run.console import show_report
 
+    unwind()
     report, notices = review.check(resolved)
     terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     if as_json:
@@ -259,6 +261,7 @@ def generate(
     """Answer prompts with an adapter over the base it names."""
     from lorafit.deploy import generate as deploy
 
+    unwind()
     terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     tuned = deploy.open_adapter(
         adapter,
@@ -296,6 +299,7 @@ def demo(
     """Train offline on this Python's own documentation, and show what changed."""
     from lorafit import demo as tour
 
+    unwind()
     tour.run(output_dir, overwrite=overwrite)
 
 

@@ -15,7 +15,14 @@ from typing import Any, ClassVar, Final
 import yaml
 
 from lorafit import foreign
-from lorafit.arguments import ONCE, PANELS, DataArguments, ModelArguments, TrainingArguments
+from lorafit.arguments import (
+    NOT_IN_FILES,
+    ONCE,
+    PANELS,
+    DataArguments,
+    ModelArguments,
+    TrainingArguments,
+)
 from lorafit.errors import ConfigError, UnknownNameError
 from lorafit.panel import Knob, fits, translate
 
@@ -54,6 +61,8 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Settings:
     """
     answers = _Answers({}, {}, [], [], set())
     for name, (value, place) in (read(path) if path else {}).items():
+        if name in NOT_IN_FILES and value:
+            raise _said_by_nobody(name, place)
         answers.take(name, value, place=place)
     for name, value in flags.items():
         place = "--" + name.replace("_", "-")
@@ -73,6 +82,16 @@ def load(path: Path | None, flags: Mapping[str, Any]) -> Settings:
     held = {**vars(model), **vars(data), **vars(training)}
     origin = {name: answers.origin.get(name) or _unset(KNOBS[name], held[name]) for name in KNOBS}
     return Settings(model, data, training, MappingProxyType(origin), tuple(answers.notices))
+
+
+def _said_by_nobody(name: str, place: str) -> ConfigError:
+    return ConfigError(
+        f"{place}: {name} is not read from a file.",
+        why="It lets a stranger's Python code run on this machine with all that you may do, and "
+        "configurations are passed around.",
+        fix=f"Where you have read that code, say so yourself: --{name.replace('_', '-')} ORG/REPO "
+        f"({name}='ORG/REPO' in Python).",
+    )
 
 
 @dataclass
@@ -251,13 +270,13 @@ def dump(settings: Settings) -> str:
     """The resolved configuration as YAML, grouped, with who set each value in a comment.
 
     `load` reads it back to equal panels. What is said for one run only (`--overwrite`,
-    `--resume-from-checkpoint`) is left out.
+    `--resume-from-checkpoint`) is left out, and what no file may say.
     """
     lines: list[str] = []
     group = ""
     for panel in (settings.model, settings.data, settings.training):
         for knob in panel.knobs.values():
-            if knob.group == ONCE:
+            if knob.group == ONCE or knob.name in NOT_IN_FILES:
                 continue
             if knob.group != group:
                 group = knob.group

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MOST_BYTES = 16_000_000
-"""More than any configuration or header of a model has."""
+MOST_BYTES, DEEPEST = 16_000_000, 64
+"""More than any configuration or header of a model has, and deeper than any nests: whoever walks
+through one later walks in bounds."""
 
 _NOT_WAITING = os.O_NONBLOCK if os.name == "posix" else 0
 """Opening a pipe nobody writes to would wait for ever."""
@@ -77,6 +78,12 @@ def json_object(data: bytes, *, once: bool = True) -> dict[str, Any]:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(made, dict):
         raise ValueError("it does not hold a JSON object")
+    level: list[Any] = [made]
+    for _ in range(DEEPEST):
+        inside = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [item for part in inside for item in part if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("it is nested too deeply")
     return made
 
 

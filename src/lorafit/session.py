@@ -352,7 +352,7 @@ class Session:
         adapters.restore(model, kept.folder)
         try:
             self._put_back(state)
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as misfit:
+        except checkpoint.UNFIT as misfit:
             raise ConfigError(
                 f"The state in {kept.folder} does not fit this run: {str(misfit)!r:.200}",
                 why="Optimiser and schedule would go on as those of another run.",
@@ -364,10 +364,22 @@ class Session:
         checkpoint.set_random_state(state.random_state)
 
     def _put_back(self, state: RunState) -> None:
+        own, scaler = self.engine.schedule, self.engine.precision.scaler
+        fresh = checkpoint.plain(own.state_dict())
+        for what, kept, usual in (
+            # it may have come to know more since it was made, but not in place of its own methods
+            ("schedule", state.schedule, {**state.schedule, **fresh}),
+            ("gradient scaler", state.scaler, scaler.state_dict()),
+            ("sums", state.sums, self.progress.sums()),
+        ):
+            if not checkpoint.fits(kept, usual):
+                raise ValueError(f"the {what} is another's")
+        if (state.schedule.keys() - fresh.keys()) & {*dir(type(own)), "optimizer"}:
+            raise ValueError("the schedule is another's")
         self.engine.updater.load_state_dict(state.optimizer)
         # base rates are what the arguments say; the updater has scaled the current ones to them
         schedule = {name: value for name, value in state.schedule.items() if name != "base_lrs"}
-        self.engine.schedule.load_state_dict(schedule)
+        own.load_state_dict(schedule)
         if state.scaler:
-            self.engine.precision.scaler.load_state_dict(state.scaler)
+            scaler.load_state_dict(state.scaler)
         self.progress.resume(state.sums, step=state.position.step)

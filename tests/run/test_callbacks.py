@@ -83,7 +83,7 @@ def test_state_comes_back_with_the_stateful_callbacks(tmp_path: Path) -> None:
     second = stopping()
     again = callbacks(second)
     again.state.max_steps = 99
-    again.resume(str(tmp_path / "state.json"))
+    again.resume(tmp_path / "state.json")
     assert (again.state.global_step, again.state.best_metric) == (4, 0.5)
     assert again.state.log_history == [{"loss": 1.0, "step": 4}]
     assert again.state.max_steps == 99

@@ -31,8 +31,12 @@ UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 _GIVEN = (
     *("initial_lr", "weight_decay", "betas", "eps", "momentum", "dampening", "nesterov", "alpha"),
+    *("amsgrad", "maximize", "foreach", "fused", "capturable", "differentiable"),
 )
 """What of an optimiser's groups is told by arguments; the rest is state."""
+
+_ALIKE = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "grad_avg")
+"""State that has its parameter's shape, which torch does not look at."""
 
 
 class Updater:
@@ -133,11 +137,30 @@ class Updater:
             if before and now is not None and now != before:
                 group["lr"] = group["lr"] * (now / before)
             group |= own
+            if not math.isfinite(group["lr"]):
+                raise ValueError(f"a learning rate of {group['lr']}")
+        for parameter, kept in self.optimizer.state.items():
+            self._check_shapes(parameter, kept)
         with torch.no_grad():
             # a run that was saved with parameters of 32 bits has none
             for master, saved in zip(self._masters.values(), state["masters"], strict=False):
+                if saved.shape != master.shape:
+                    raise ValueError("a master has another shape than its parameter")
                 master.copy_(saved)
         self._skips_on_device = _reads_found_inf(self.optimizer)
+
+    def _check_shapes(self, parameter: Tensor, kept: Mapping[str, Any]) -> None:
+        adam = isinstance(self.optimizer, torch.optim.Adam)  # which AdamW is too
+        needed = {"step", "exp_avg", "exp_avg_sq"} if adam and kept else set[str]()
+        if adam and kept and any(group["amsgrad"] for group in self.optimizer.param_groups):
+            needed.add("max_exp_avg_sq")
+        odd = [name for name in _ALIKE if name in kept and kept[name] is not None]
+        if (
+            not needed <= kept.keys()
+            or any(kept[name].shape != parameter.shape for name in odd)
+            or (needed and not 0 <= float(kept["step"]) < math.inf)
+        ):
+            raise ValueError("what it keeps of a parameter is missing or has another shape")
 
     def _to_master(self, parameter: Tensor) -> None:
         master, gradient = self._masters[parameter], parameter.grad  # type: ignore[index]

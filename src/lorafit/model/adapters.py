@@ -173,8 +173,12 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             for name in common
             if tensors[name].shape != targets[name].shape
         ],
-        "not finite": [name for name in common if not tensors[name].isfinite().all()],
+        "of another number format": [
+            name for name in common if not _converts(tensors[name].dtype, targets[name].dtype)
+        ],
     }
+    if not any(faults.values()):
+        faults["not finite"] = [name for name in common if not tensors[name].isfinite().all()]
     if any(faults.values()):
         raise ModelError(
             "These weights do not fit the model: "
@@ -185,6 +189,11 @@ def load_adapter_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def _converts(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    floats = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    return stored == wanted or (stored in floats and wanted in floats)
 
 
 def restore(model: nn.Module, folder: Path) -> None:
@@ -263,7 +272,10 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
             guard.header(file)
         return {name: value for file in files for name, value in load_file(file).items()}
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: its weights cannot be read: {error}") from error
+        raise ModelError(
+            f"{folder}: its weights cannot be read: {error}",
+            fix="Fetch it again from where it came, or take another checkpoint.",
+        ) from error
 
 
 def read_contract(folder: Path) -> dict[str, Any]:

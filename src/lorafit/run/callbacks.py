@@ -24,6 +24,7 @@ from transformers.trainer_utils import (
 
 from lorafit import foreign
 from lorafit.errors import ConfigError
+from lorafit.panel import fits
 
 __all__ = [
     "Callbacks",
@@ -217,12 +218,18 @@ def _read_state(path: Path) -> Any:
     Raises:
         ConfigError: it is none.
     """
-    usual = vars(TrainerState())
+    kinds = {
+        **TrainerState.__annotations__,
+        "log_history": list[dict[str, Any]],
+        "stateful_callbacks": dict,
+    }
     try:
+        if foreign.leads_out(path):
+            raise ValueError("it is a link that leads out of its folder")
         written = foreign.read_json(path, once=False)
         for name, value in written.items():
-            fits = usual[name] is None or value is None or isinstance(value, type(usual[name]))
-            if not fits and not isinstance(value, int | float):
+            kind = float if kinds[name] is int else kinds[name]
+            if not fits(value, kind | None):
                 raise ValueError(f"{name}={value!r:.80}")
         return TrainerState(**written)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -5,9 +5,8 @@ random generator, position, what it was made with. Tensors are safetensors, the 
 folders through `store` and nothing of models: the trainer hands over the adapter's writer.
 """
 
-import json
 import random
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lorafit import foreign
 from lorafit.errors import ConfigError
 from lorafit.run import store
 
@@ -27,6 +27,8 @@ STATE, TENSORS = "run_state.json", "run_state.safetensors"
 FORMAT = 3
 _TREES = ("optimizer", "scaler", "random_state", "epoch_began")
 _PLAIN = {"sums": dict, "read_at": list, "journal": int, "made_with": dict}
+_BIGGEST = 1 << 62
+"""Beyond all numbers of a run: what counts from there overflows."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _write_state(folder: Path, state: RunState) -> None:
         "format": FORMAT,
         "position": asdict(state.position),
         **{part: vars(state)[part] for part in _PLAIN},
-        "schedule": _split(_plain(state.schedule), "schedule", tensors=tensors),
+        "schedule": _split(plain(state.schedule), "schedule", tensors=tensors),
         **{part: _split(vars(state)[part], part, tensors=tensors) for part in _TREES},
     }
     save_file(tensors, folder / TENSORS)
@@ -125,33 +127,72 @@ def _tried(folder: Path) -> tuple[RunState | None, str]:
     why = store.fault(folder)
     if why:
         return None, why
-    if not (folder / STATE).is_file():
+    if not (folder / STATE).exists():
         return None, "it was saved with save_only_model, without the state of the run"
+    if not {folder / STATE, folder / TENSORS} <= set(store.named(folder)):
+        return None, f"{store.MANIFEST} does not name {STATE} and {TENSORS}"
     try:
         return _read(folder), ""
     except _OtherFormat as other:
         return None, f"format {other!s:.20} of another lorafit, not {FORMAT}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as broken:
+    except UNFIT as broken:
         return None, f"its state cannot be read ({type(broken).__name__}: {str(broken)!r:.80})"
+
+
+UNFIT = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError),
+    SafetensorError,
+)
+"""What comes of state that is none, in the many hands that it goes through."""
 
 
 class _OtherFormat(Exception): ...
 
 
 def _read(folder: Path) -> RunState:
-    described = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    described = foreign.json_object((folder / STATE).read_bytes(), once=False)
     if described.get("format") != FORMAT:
         raise _OtherFormat(repr(described.get("format")))
     tensors = load_file(folder / TENSORS)
     for part, kind in _PLAIN.items():
         if not isinstance(described[part], kind):
             raise TypeError(f"{part} is no {kind.__name__}")
-    return RunState(
-        position=Position(**{name: int(value) for name, value in described["position"].items()}),
+    position = Position(**described["position"])
+    counts = [*asdict(position).values(), described["journal"], *described["read_at"]]
+    if not all(type(count) is int and 0 <= count < _BIGGEST for count in counts):
+        raise ValueError("a count is none")
+    state = RunState(
+        position=position,
         schedule=_join(described["schedule"], tensors),
         **{part: described[part] for part in _PLAIN},
         **{part: _join(described[part], tensors) for part in _TREES},
     )
+    with random_state_kept():
+        for drawn in (state.epoch_began or state.random_state, state.random_state):
+            set_random_state(drawn)
+    return state
+
+
+def fits(kept: Any, fresh: Any) -> bool:
+    """Whether `kept` may stand where `fresh` does: a number for a number, a text for a text, all of
+    their like in lists and mappings; anything for None, and in what is empty."""
+    match fresh:
+        case bool() | str():
+            return type(kept) is type(fresh)
+        case int():
+            return type(kept) in (int, float) and -1 <= kept < _BIGGEST
+        case float():
+            return type(kept) is float or (type(kept) is int and abs(kept) < _BIGGEST)
+        case Mapping():
+            return isinstance(kept, Mapping) and all(
+                name in fresh and fits(item, fresh[name]) for name, item in kept.items() if fresh
+            )
+        case Sequence():
+            return isinstance(kept, Sequence) and all(
+                any(fits(item, one) for one in fresh) for item in kept if fresh
+            )
+        case _:
+            return True
 
 
 @dataclass(frozen=True)
@@ -209,9 +250,11 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: Mapping[str, Any]) -> None:
     """Put back what `random_state` took, or what a checkpoint kept of it."""
     version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
+    random.setstate((version, tuple(words), None if gauss is None else float(gauss)))
     kind, keys, position, has_gauss, cached = state["numpy"]
     words32 = numpy.asarray(keys).astype("uint32")
+    if not 0 <= position <= len(words32):  # numpy does not look, and reads what lies there
+        raise ValueError("the position of NumPy's generator lies outside its state")
     numpy.random.set_state((kind, words32, position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available():
@@ -264,7 +307,7 @@ def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     return value
 
 
-def _plain(schedule: Mapping[str, Any]) -> dict[str, Any]:
+def plain(schedule: Mapping[str, Any]) -> dict[str, Any]:
     """A schedule's state without its functions, which its constructor makes again."""
     return {
         name: [None] * len(value) if name == "lr_lambdas" else value

@@ -99,15 +99,16 @@ def _read(path: Path) -> tuple[list[bytes], list[dict[str, Any]], int]:
 
 
 def _event(line: bytes) -> dict[str, Any]:
-    """The event of a line; one without a name for a line that a kill cut short."""
+    """The event of a line; one without a name for a line that a kill cut short, or that is none."""
     try:
-        return dict(json.loads(line))
-    except ValueError:
+        event = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
+    return event if isinstance(event, dict) else {}
 
 
 def _saves(event: dict[str, Any], name: str) -> bool:
-    return event.get("event") == "Saved" and Path(event["path"]).name == name
+    return event.get("event") == "Saved" and Path(str(event.get("path"))).name == name
 
 
 # ---- reading -----------------------------------------------------------------------------------

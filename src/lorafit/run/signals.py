@@ -99,7 +99,19 @@ def leave(number: int, _frame: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-_OURS = (signal.SIG_DFL, signal.default_int_handler, leave)
+def leave_at_once(number: int, _frame: FrameType | None) -> NoReturn:
+    """A handler for Ctrl-C while packages are imported, some of which swallow what is raised."""
+    os.write(2, b"Stopped.\n")
+    os._exit(128 + number)
+
+
+def unwind() -> None:
+    """From here on Ctrl-C raises KeyboardInterrupt, where it left at once before."""
+    if signal.getsignal(signal.SIGINT) is leave_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+_OURS = (signal.SIG_DFL, signal.default_int_handler, leave, leave_at_once)
 
 
 def deafen(_worker: int) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 
 import psutil
 
+from lorafit import foreign
 from lorafit.errors import OutputError
 
 MANIFEST, CARD = "MANIFEST.json", "README.md"
@@ -263,8 +264,8 @@ def _manifest(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, ValueError: it is not there, or is no object with files.
     """
-    listed = json.loads(_regular(folder, MANIFEST).read_text(encoding="utf-8"))
-    if not isinstance(listed, dict) or not isinstance(listed.get("files"), dict):
+    listed = foreign.json_object(_regular(folder, MANIFEST).read_bytes(), once=False)
+    if not isinstance(listed.get("files"), dict):
         raise ValueError("it lists no files")
     return listed
 
@@ -294,7 +295,7 @@ def fault(folder: Path) -> str:
     try:
         listed = _manifest(folder)
         unsealed = {key: value for key, value in listed.items() if key != "sha256"}
-        if (folder / MANIFEST).read_text(encoding="utf-8") != sealed(unsealed):
+        if (folder / MANIFEST).read_bytes() != sealed(unsealed).encode():
             return f"{MANIFEST} does not match its sha256"
         for name, entry in listed["files"].items():
             if name == CARD:  # prose, which peft's save_pretrained writes anew
@@ -306,7 +307,7 @@ def fault(folder: Path) -> str:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename or folder).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
+    except (OSError, ValueError, KeyError, TypeError) as broken:
         return f"{MANIFEST} cannot be read ({broken})"
     return ""
 
@@ -355,7 +356,7 @@ def _written(folder: Path) -> int:
     """When a checkpoint of ours was written, in ns; 0 for what is none."""
     try:
         _manifest(folder)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return 0
     return 0 if folder.is_symlink() else (folder / MANIFEST).stat().st_mtime_ns
 
@@ -372,7 +373,7 @@ def _dissolve(folder: Path, name: Path) -> None:
     """Delete of `folder` what its manifest names. If anything is left it is somebody else's: it
     goes back to `name`, or to `NAME.kept` where that is taken."""
     if not folder.is_symlink():
-        for path in _named(folder):
+        for path in named(folder):
             path.unlink(missing_ok=True)
         below = _folders(folder)
         for path in below:
@@ -392,11 +393,11 @@ def _spare(name: Path) -> Iterator[Path]:
     yield from (name.with_name(f"{name.name}.kept-{number}") for number in count(2))
 
 
-def _named(folder: Path) -> Iterator[Path]:
+def named(folder: Path) -> Iterator[Path]:
     """The files of `folder` that its manifest names and that lie there; none where it has none."""
     try:
         names = list(_manifest(folder)["files"])
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
         return
     for name in names:
         with suppress(OSError, ValueError):
