@@ -474,9 +474,8 @@ class Hooks(Face):
                     keep=keep,
                 )
             except Full as full:
-                if self._running is not None:  # which is saved first
-                    raise
-                raise full.explained() from full
+                # a run is saved first
+                raise (full if self._running else full.explained()) from None
 
     def prediction_step(
         self,

@@ -23,7 +23,9 @@ from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.limits import Limit
 from lorafit.engine.memory import Work
 from lorafit.engine.precision import Precision, products
+from lorafit.engine.room import Room, forget_peak, peak_bytes
 from lorafit.errors import ConfigError, ModelError
+from lorafit.events import OutOfMemory
 from lorafit.model import base, lora, quantised
 from lorafit.model.documents import Faster, Leaks, Runner, runner
 from lorafit.model.fused import Decoder
@@ -75,6 +77,27 @@ class Packing:
     def tokens(self) -> int:
         """Tokens of a micro-batch at most."""
         return self.budget if self.runner else sys.maxsize
+
+    def room(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        *,
+        divides: bool,
+        tell: Callable[[OutOfMemory], None],
+    ) -> Room:
+        """How much of a step runs at a time. A limit that is passed before it begins is not
+        watched: the plan has said that it is too much."""
+        forget_peak()
+        limit = resident_limit(arguments)
+        return Room(
+            most=self.tokens,
+            divides=divides,
+            keep_less=partial(self.keep_less, model),
+            tell=tell,
+            limit=limit if limit > peak_bytes() else 0,
+            per_token=self.per_token,
+        )
 
     def keep_less(self, model: nn.Module) -> str:
         """Let backward keep less from now on; what it makes again, empty where nothing is left."""

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from lorafit import compat, packing, parts
+from lorafit import compat, parts
 from lorafit.data.loader import Loader, length_of
 from lorafit.engine import moments
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
-from lorafit.engine.objective import Objective, Whole
+from lorafit.engine.objective import Whole
 from lorafit.engine.optim import Reached
-from lorafit.engine.room import Full, Room, forget_peak, peak_bytes
+from lorafit.engine.room import Full
 from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
 from lorafit.events import PROBE, Evaluated, Saved
 from lorafit.hooks import Hooks
@@ -315,13 +315,16 @@ class Trainer(Hooks):
         if self._created_lr_scheduler:
             self.lr_scheduler, self._created_lr_scheduler = None, False
         self.create_optimizer_and_scheduler(plan.steps)
+        own = overrides.any_of(*parts.STEPPING)
+        divides = objective.divides and not own
+        room = self._packing.room(self.model, arguments, divides=divides, tell=self.observers.tell)
         engine = parts.engine(
             self.model,
             objective,
             arguments=arguments,
             precision=self._precision,
             updater=(self.optimizer, self.lr_scheduler),
-            run_part=self._run_training_step if overrides.any_of(*parts.STEPPING) else None,
+            run_part=self._run_training_step if own else None,
         )
         self._callbacks.begin(
             max_steps=plan.steps, epochs=plan.epochs, batch_size=arguments.train_batch_size
@@ -337,7 +340,7 @@ class Trainer(Hooks):
             plan=plan,
             engine=engine,
             loader=steps,
-            watch=Watch(self._callbacks, self._signals, engine.updater, self._room(objective)),
+            watch=Watch(self._callbacks, self._signals, engine.updater, room),
             say=self.observers.say,
             layout=partial(self._packing.lay_out, shifted=objective.shifted),
             laid_out=self._packing.layout,
@@ -349,7 +352,7 @@ class Trainer(Hooks):
                 train=self.train_dataset,
                 held_out=self.eval_dataset,
                 overrides=overrides,
-            ),
+            ),  # fmt: skip
         )
         run.notices = (
             *arguments.notices,
@@ -360,22 +363,6 @@ class Trainer(Hooks):
             run.readings.notice,
         )
         return run
-
-    def _room(self, objective: Objective) -> Room:
-        """How much of a step runs at a time, where nobody has replaced the step."""
-        own = self._overrides().any_of(*parts.STEPPING)
-        forget_peak()
-        limit = packing.resident_limit(self._settings)
-        return Room(
-            most=self._packing.tokens,
-            divides=objective.divides and not own,
-            keep_less=partial(self._packing.keep_less, self.model),
-            tell=self.observers.tell,
-            limit=limit
-            if limit > peak_bytes()
-            else 0,  # else the plan has said that it is too much
-            per_token=self._packing.per_token,
-        )
 
     def _made_with(self) -> dict[str, Any]:
         """What a checkpoint of this run is made with: see `run/changes.py`."""

@@ -86,12 +86,7 @@ def attach(model: PreTrainedModel, arguments: ModelArguments) -> "PeftModel":
 
 
 def loraplus(
-    model: nn.Module,
-    kind: type[Optimizer],
-    *,
-    options: Mapping[str, Any],
-    ratio: float,
-    decay: float,
+    model: Any, kind: type[Optimizer], *, options: Mapping[str, Any], ratio: float, decay: float
 ) -> Optimizer:
     """LoRA+ (Hayou et al. 2024) through peft: B matrices learn `ratio` times as fast as A.
 
@@ -100,13 +95,8 @@ def loraplus(
     """
     from peft.optimizers import create_loraplus_optimizer
 
-    return create_loraplus_optimizer(
-        model,  # type: ignore[arg-type]
-        kind,
-        loraplus_lr_ratio=ratio,
-        loraplus_weight_decay=decay,
-        **options,
-    )
+    rates = {"loraplus_lr_ratio": ratio, "loraplus_weight_decay": decay}
+    return create_loraplus_optimizer(model, kind, **rates, **options)
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:
