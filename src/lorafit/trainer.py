@@ -335,6 +335,10 @@ class Trainer(Hooks):
             lr_scheduler=self.lr_scheduler,
             train_dataloader=batches,
         )
+        readings = parts.readings(
+            plan, arguments, train=self.train_dataset, held_out=self.eval_dataset,
+            overrides=overrides,
+        )  # fmt: skip
         run = Session(
             arguments=arguments,
             plan=plan,
@@ -346,13 +350,7 @@ class Trainer(Hooks):
             laid_out=self._packing.layout,
             forget=self._packing.forget,
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
-            readings=parts.readings(
-                plan,
-                arguments,
-                train=self.train_dataset,
-                held_out=self.eval_dataset,
-                overrides=overrides,
-            ),  # fmt: skip
+            readings=readings,
         )
         run.notices = (
             *arguments.notices,
