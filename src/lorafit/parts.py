@@ -214,6 +214,7 @@ def _listed(names: Collection[str]) -> str:
 _EVALUATING = {
     *("compute_loss", "compute_loss_func", "prediction_step", "evaluation_loop", "evaluate"),
     *("get_eval_dataloader", "get_test_dataloader", "_get_eval_sampler", "_prepare_inputs"),
+    *("compute_loss_context_manager", "autocast_smart_context_manager"),
 }
 
 
