@@ -90,11 +90,8 @@ def learning(measured: Change, curve: Sequence[float]) -> Finding:
     return Finding("loss", "note", f"No change beyond noise. {said}", _FLAT)
 
 
-_LOWER = "Lower --learning-rate (a tenth), or let `lorafit practice --find-lr` look for one."
-_FLAT = (
-    "So few steps may not show it; try a higher --learning-rate, or --find-lr, before committing "
-    "to hours."
-)
+_LOWER = "Lower --learning-rate, to a tenth at first."
+_FLAT = "So few steps may not show it; try a higher --learning-rate before committing to hours."
 
 
 @dataclass(frozen=True)
