@@ -183,6 +183,11 @@ BASES: dict[str, tuple[Harm, str]] = {
     ),
     "kernel": (base_setting(attn_implementation="org/kernel"), "attn_implementation='org/kernel'"),
     "weights by name": (base_setting(transformers_weights="evil.bin"), "transformers_weights="),
+    "layers": (base_setting(num_hidden_layers=2**31), "asks for 2,147,483,648 layers"),
+    "deep settings": (
+        lambda f: (f / "generation_config.json").write_text('{"a":' * 90 + "1" + "}" * 90),
+        "nested too deeply",
+    ),
     "pickle": (pickled("pytorch_model.bin"), "only pickled weights: pytorch_model.bin"),
     "index": (
         lambda f: (f / base.INDEX).write_text('{"weight_map": {"a": "../canary.safetensors"}}'),
