@@ -237,7 +237,7 @@ def save_adapter(
         tokenizer.save_pretrained(folder)
     if contract is not None:
         written = json.dumps(dict(contract), indent=2, ensure_ascii=False)
-        (folder / CONTRACT).write_text(written + "\n", encoding="utf-8")
+        (folder / CONTRACT).write_text(written + "\n", encoding="utf-8", errors="backslashreplace")
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -317,6 +317,11 @@ def load_tuned(
         ModelError: `folder` holds no LoRA adapter, or one that is not to be trusted; its base is
             not there, is another one, or the two do not fit.
     """
+    if not os.path.isdir(folder):  # whatever its name: Path raises for some
+        raise ModelError(
+            f"{folder!s:.200} is no adapter: there is no such folder.",
+            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+        )
     home = _found(folder)
     for place in {folder, home} if home.is_dir() else ():
         guard.check_entries(place)

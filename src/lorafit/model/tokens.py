@@ -6,6 +6,7 @@ transformers, but neither torch nor a model, so that data can be looked at withi
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -146,18 +147,20 @@ def folder_of(name: str) -> Path | None:
     """The folder that `name` means; None where it can only be a Hub id."""
     if not name:
         raise ModelError("No model is named.", fix="Give a folder or a Hub id.")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # Path raises for names that no file can have
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(
             f"{name} is a file; a model is a folder with config.json and *.safetensors.",
             fix=f"Give the folder: {path.parent}",
         )
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and path.parent.is_dir()):
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not (
+        "/" in name and os.path.isdir(path.parent)
+    ):
         return None
     raise ModelError(
-        f"There is no folder {name}.{nearest_folder(path)}",
+        f"There is no folder {name:.200}.{nearest_folder(path)}",
         fix="Give a folder with config.json and *.safetensors, or a Hub id such as org/name.",
     )
 
@@ -165,7 +168,7 @@ def folder_of(name: str) -> Path | None:
 def nearest_folder(path: Path) -> str:
     """` Did you mean X?` for a folder beside `path` with a name close to its own; else empty."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return ""
     return nearest(path.name, sorted(entry.name for entry in parent.iterdir() if entry.is_dir()))
 
@@ -193,8 +196,11 @@ def explained(name: str, what: str) -> Generator[None]:
         raise
     except Exception as error:  # no common root: a stranger's file can fail anywhere in them
         reason = str(error).strip().split("\n")[0]
-        if Path(name).is_dir():
-            raise ModelError(f"The {what} in {name} cannot be read: {reason}") from error
+        if os.path.isdir(name):
+            raise ModelError(
+                f"The {what} in {name} cannot be read: {reason}",
+                fix="Fetch it again from where it came, or give another folder.",
+            ) from error
         offline = " while offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else ""
         raise ModelError(
             f"{name} is no folder here, and no {what} of that name could be had from the Hub"
