@@ -459,7 +459,7 @@ class Hooks(Face):
             )
 
         def laid_out() -> Iterator[MicroBatch]:
-            for batch in batches:
+            for batch in parts.deafened(batches):
                 if end_to_end and is_plain(batch):
                     yield from packed([batch], budget=sys.maxsize)
                 else:
