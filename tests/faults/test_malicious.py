@@ -92,6 +92,7 @@ def pipe(name: str) -> Harm:
     return make
 
 
+NINE = '{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'
 TWICE = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' * 2
 ADAPTERS: dict[str, tuple[Harm, str]] = {
     "megatron_core": (setting(megatron_core="os"), "megatron_core='os' names code"),
@@ -143,6 +144,12 @@ ADAPTERS: dict[str, tuple[Harm, str]] = {
     "header large": (header("{" + " " * 17_000_000), "a header of"),
     "header outside": (
         header('{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'), "lies outside",
+    ),
+    "header of other bytes": (
+        header(NINE + "0000", len(NINE)), "other bytes than its shape says",
+    ),
+    "header of no bytes": (
+        header(NINE.replace("[9]", f"[0, {2**63}]").replace("4]", "0]")), "other bytes than",
     ),
     "pickle .bin": (pickled("adapter_model.bin"), "only pickled weights: .*adapter_model.bin"),
     "pickle .pt": (pickled("adapter_model.pt"), "only pickled weights"),

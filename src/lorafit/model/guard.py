@@ -4,7 +4,9 @@ Owns the refusals that come before transformers, peft or safetensors read anythi
 them, nor torch. Which code may run is decided in `tokens`, which knows where code would come from.
 """
 
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,4 +155,9 @@ def _stored(entry: Mapping[str, Any], *, first: int, last: int) -> Stored:
         raise ValueError("an offset or a size is not a whole number")
     if not first <= first + start <= first + end <= last:
         raise ValueError("a tensor lies outside the file")
-    return Stored(str(entry["dtype"]), tuple(entry["shape"]), first + start, first + end)
+    dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+    bits = int((re.findall(r"\d+", dtype) or [8])[0])  # BOOL has a byte
+    beyond = math.prod(max(edge, 1) for edge in shape) >= 1 << 62
+    if beyond or math.prod(shape) * bits != 8 * (end - start):
+        raise ValueError("a tensor has other bytes than its shape says")
+    return Stored(dtype, shape, first + start, first + end)
