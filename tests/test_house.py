@@ -27,7 +27,7 @@ FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_400, 24_800
 ROOM_CODE = {  # "" is the files at the top, together
     "": 4_420,
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
-    "model": 2_260,
+    "model": 2_275,
     "kernels": 1_200,
     "engine": 1_850,
     "run": 3_300,

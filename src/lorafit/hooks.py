@@ -466,7 +466,7 @@ class Hooks(Face):
             try:
                 return evaluate(
                     self.model,
-                    batches,
+                    parts.deafened(batches),
                     lay_out=partial(laid.lay_out_read, shifted=shifted),
                     predict=predict,
                     room=self._reads,

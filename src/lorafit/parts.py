@@ -9,12 +9,13 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 
 from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
@@ -138,6 +139,22 @@ def data_loader(
         ),
         seed=order_seed(arguments),
     )
+
+
+def deafened(batches: Any) -> Any:
+    """`batches`; a DataLoader of the script's own has workers that leave signals to their parent,
+    as ours do."""
+    if isinstance(batches, DataLoader) and batches.num_workers:
+        theirs = batches.worker_init_fn
+        ours = theirs is signals.deafen or (isinstance(theirs, partial) and theirs.func is _deafen)
+        batches.worker_init_fn = theirs if ours else partial(_deafen, theirs)
+    return batches
+
+
+def _deafen(theirs: Callable[[int], object] | None, worker: int) -> None:
+    signals.deafen(worker)
+    if theirs:
+        theirs(worker)
 
 
 def order_seed(arguments: TrainingArguments) -> int:

@@ -34,7 +34,7 @@ from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
 from lorafit.rehearsal import ALONE, Helpers, rehearse
-from lorafit.run import changes, checkpoint, circumstances, journal, store
+from lorafit.run import changes, checkpoint, circumstances, journal, store, workers
 from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.console import show_practice
@@ -146,6 +146,7 @@ class Trainer(Hooks):
                 output, resumed=(kept.folder, kept.state.journal) if kept else None
             )
             with (
+                workers.naming_the_killed(lambda: f"Then go on: {self.resume_command}"),
                 self.observers.writing(run.journal),
                 self._telling_of_bad_numbers(run),
                 watching_gradients(self.observers, Reached(self.model)),
@@ -303,7 +304,7 @@ class Trainer(Hooks):
     def _begin(self, kept: Kept | None) -> Session:
         """The run's parts, at its start or at the position of the checkpoint `kept`."""
         arguments, overrides = self._settings, self._overrides()
-        batches = self.get_train_dataloader()
+        batches = parts.deafened(self.get_train_dataloader())
         steps = Loader(
             batches,
             size=arguments.train_batch_size,

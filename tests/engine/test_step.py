@@ -101,6 +101,14 @@ def test_what_is_not_finite_is_reported_and_not_applied(bad: float) -> None:
     assert bool(made.step(BATCHES, Told()).applied)
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_the_schedule_waits_where_a_scaler_skips(scaled: bool) -> None:
+    made = engine()
+    made.precision = Precision(CPU, scaler=torch.amp.GradScaler("cpu", enabled=scaled))
+    assert not bool(made.step([batch([float("inf"), 0.0], 1)], Told()).applied)
+    assert made.step(BATCHES, Told()).learning_rate == (0.5 if scaled else 0.25)
+
+
 def test_an_abandoned_step_leaves_nothing() -> None:
     made = engine()
     with pytest.raises(InterruptedError):

@@ -92,6 +92,7 @@ def pipe(name: str) -> Harm:
     return make
 
 
+NINE = '{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,4]}}'
 TWICE = '{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},' * 2
 ADAPTERS: dict[str, tuple[Harm, str]] = {
     "megatron_core": (setting(megatron_core="os"), "megatron_core='os' names code"),
@@ -144,6 +145,12 @@ ADAPTERS: dict[str, tuple[Harm, str]] = {
     "header outside": (
         header('{"a":{"dtype":"F32","shape":[9],"data_offsets":[0,36]}}'), "lies outside",
     ),
+    "header of other bytes": (
+        header(NINE + "0000", len(NINE)), "other bytes than its shape says",
+    ),
+    "header of no bytes": (
+        header(NINE.replace("[9]", f"[0, {2**63}]").replace("4]", "0]")), "other bytes than",
+    ),
     "pickle .bin": (pickled("adapter_model.bin"), "only pickled weights: .*adapter_model.bin"),
     "pickle .pt": (pickled("adapter_model.pt"), "only pickled weights"),
     "pickle .pth": (pickled("adapter_model.pth"), "only pickled weights"),
@@ -183,6 +190,11 @@ BASES: dict[str, tuple[Harm, str]] = {
     ),
     "kernel": (base_setting(attn_implementation="org/kernel"), "attn_implementation='org/kernel'"),
     "weights by name": (base_setting(transformers_weights="evil.bin"), "transformers_weights="),
+    "layers": (base_setting(num_hidden_layers=2**31), "asks for 2,147,483,648 layers"),
+    "deep settings": (
+        lambda f: (f / "generation_config.json").write_text('{"a":' * 90 + "1" + "}" * 90),
+        "nested too deeply",
+    ),
     "pickle": (pickled("pytorch_model.bin"), "only pickled weights: pytorch_model.bin"),
     "index": (
         lambda f: (f / base.INDEX).write_text('{"weight_map": {"a": "../canary.safetensors"}}'),

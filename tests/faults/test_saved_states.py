@@ -184,7 +184,7 @@ def test_any_content_is_a_state_or_skipped(
 
 
 @pytest.mark.slow
-@settings(max_examples=1_500, **EXAMPLES)
+@settings(max_examples=600, **EXAMPLES)
 @given(how=ANY_FILE)
 def test_any_content_goes_on_or_says_why(
     saved: Path, tmp_path: Path, how: tuple[str, spoil.Change]

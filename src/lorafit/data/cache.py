@@ -124,7 +124,7 @@ def store(folder: Path, examples: Iterable[Example], *, about: Callable[[], Any]
         with (
             (partial / f"ids.{_TYPES['ids']}").open("wb") as ids,
             (partial / f"learned.{_TYPES['learned']}").open("wb") as learned,
-            (partial / _SOURCES).open("w", encoding="utf-8") as sources,
+            (partial / _SOURCES).open("w", encoding="utf-8", errors="backslashreplace") as sources,
         ):
             last, row, end = "", -1, 0
             for example in examples:
@@ -143,7 +143,7 @@ def store(folder: Path, examples: Iterable[Example], *, about: Callable[[], Any]
             (partial / f"{name}.{_TYPES[name]}").write_bytes(values.tobytes())
         sizes = {file.name: file.stat().st_size for file in partial.iterdir()}
         noted = json.dumps({"sizes": sizes, **about()}, indent=1, ensure_ascii=False)
-        (partial / _ABOUT).write_text(noted, encoding="utf-8")
+        (partial / _ABOUT).write_text(noted, encoding="utf-8", errors="backslashreplace")
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
     except BaseException:

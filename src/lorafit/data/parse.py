@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from lorafit.errors import DataError, MissingPackageError
+from lorafit.errors import DataError, MissingPackageError, shown
 
 LONGEST_LINE = (
     50_000_000  # bytes: no row, but text that lost its newlines; also csv's longest field
@@ -287,7 +287,7 @@ def _lined(path: Path, *, is_json: bool, faults: Faults) -> Iterator[Row]:
         except DataError as error:
             faults.found(error)
         else:
-            yield Row(fields, f"{path.name}:{number}")
+            yield Row(fields, f"{shown(path.name)}:{number}")
 
 
 # JSON
@@ -369,7 +369,7 @@ def _json(path: Path, *, faults: Faults) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, start), start
         try:
             _check_pairs(text, (start, end), path=path)
-            yield Row(as_fields(value, f"{path}:{line}"), f"{path.name}:{line}")
+            yield Row(as_fields(value, f"{path}:{line}"), f"{shown(path.name)}:{line}")
         except DataError as error:
             faults.found(error)
         end = _skip_blank(text, end)
@@ -441,7 +441,7 @@ def _csv(path: Path, *, delimiter: str, faults: Faults) -> Iterator[Row]:
         if fault:
             faults.found(fault)
         else:
-            yield Row(dict(zip(names, cells, strict=True)), f"{path.name}:{line}")
+            yield Row(dict(zip(names, cells, strict=True)), f"{shown(path.name)}:{line}")
 
 
 def _delimiter(path: Path, usual: str) -> str:

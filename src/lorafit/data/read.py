@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from lorafit.data import parse
 from lorafit.data.parse import Faults, Row
-from lorafit.errors import DataError, nearest
+from lorafit.errors import DataError, nearest, shown
 
 _SPLITS = (  # names that say the same
     ("train", "training"),
@@ -302,7 +302,7 @@ def _loaded(label: str, load: Callable[[], Any], *, failed: str, fix: str = "") 
     def rows(_: Faults) -> Iterator[Row]:
         try:
             for number, row in enumerate(load(), start=1):
-                yield Row(dict(row), f"{label}:row {number}")
+                yield Row(dict(row), f"{shown(label)}:row {number}")
         except DataError:
             raise
         except Exception as error:  # no common root: network, gone, no such split, ...

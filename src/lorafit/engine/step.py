@@ -95,7 +95,8 @@ class Engine:
             watch.after_micro_batch(last=index + 1 == len(batches))
         norm, applied = self._update(loss, watch)
         tokens, positions = sum(b.tokens for b in batches), sum(b.positions for b in batches)
-        return StepResult(loss, norm, applied, self._advance(), tokens, positions, whole.supervised)
+        rate = self._advance(applied)
+        return StepResult(loss, norm, applied, rate, tokens, positions, whole.supervised)
 
     def _run_part(self, batch: MicroBatch, whole: Whole) -> Tensor:
         part = self.objective.part(self.model, batch, whole=whole)
@@ -117,10 +118,12 @@ class Engine:
         watch.after_update()
         return norm, applied
 
-    def _advance(self) -> float:
+    def _advance(self, applied: Tensor) -> float:
         """Move the schedule on and forget the gradients; the rate that the update used."""
         rate = self.updater.optimizer.param_groups[0]["lr"]
-        if not isinstance(self.schedule, ReduceLROnPlateau):
+        # as transformers: a step that the scaler has skipped is none; asking waits for the device
+        skipped = self.precision.scaler.is_enabled() and not bool(applied)
+        if not (skipped or isinstance(self.schedule, ReduceLROnPlateau)):
             self.schedule.step()
         self.updater.zero_grad()
         return float(rate)

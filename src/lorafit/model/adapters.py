@@ -231,7 +231,7 @@ def save_adapter(
         tokenizer.save_pretrained(folder)
     if contract is not None:
         written = json.dumps(dict(contract), indent=2, ensure_ascii=False)
-        (folder / CONTRACT).write_text(written + "\n", encoding="utf-8")
+        (folder / CONTRACT).write_text(written + "\n", encoding="utf-8", errors="backslashreplace")
     if card is not None:
         (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -317,8 +317,13 @@ def load_tuned(
         MissingPackageError: bitsandbytes, where the base is to be quantised.
     """
     _import_peft()
+    if not os.path.isdir(folder):  # whatever its name: Path raises for some
+        raise ModelError(
+            f"{folder!s:.200} is no adapter: there is no such folder.",
+            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+        )
     place = _found(folder)
-    for entries in {folder, place} if place.is_dir() else ():
+    for entries in {folder, place}:
         guard.check_entries(entries)
     config, tensors = _read_config(place), read_adapter_state(place)
     contract = read_contract(folder)
@@ -367,10 +372,8 @@ def _wrapped(model: PreTrainedModel, config: "LoraConfig") -> "PeftModel":
     from peft import PeftModel, get_peft_model
 
     alone = nullcontext() if quantised.packed(model) else quantised.unseen()
-    with (
-        warnings.catch_warnings(),
-        alone,
-    ):  # peft 0.21 asks transformers 5.23 by a name that has aged
+    with warnings.catch_warnings(), alone:
+        # peft 0.21 asks transformers 5.23 by a name that has aged
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         wrapped = get_peft_model(model, config)
     _import_peft()
@@ -482,12 +485,8 @@ def _home(folder: Path, name: str) -> Path:
     """
     if name == "default":
         return folder
-    if (
-        Path(name).name != name
-        or name in ("", "..")
-        or "\0" in name
-        or len(os.fsencode(name)) > _LONGEST
-    ):
+    possible = "\0" not in name and len(os.fsencode(name)) <= _LONGEST
+    if not possible or name in ("", "..") or Path(name).name != name:
         raise ModelError(
             f"{name:.80}: an adapter of this name cannot be saved.",
             why="An adapter lies in a folder of its name.",

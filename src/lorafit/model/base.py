@@ -119,6 +119,7 @@ def load_model(arguments: ModelArguments, home: Home = CPU_HOME) -> PreTrainedMo
     with quiet(), explained(name, "model"):
         config = AutoConfig.from_pretrained(name, **options)
         _check_causal(config, name)
+        _check_depth(config, name)
         if arguments.attn_implementation:
             options["attn_implementation"] = arguments.attn_implementation
         options |= _quantisation(config, arguments.quantize, name=name, home=home)
@@ -464,6 +465,8 @@ def attending_by_documents(base: Any, documents: Documents) -> Generator[None]:
 
 
 _BY_DOCUMENTS = "lorafit_documents"
+MOST_LAYERS = 1_000
+"""Eight times those of the deepest model that is known."""
 
 
 def files_here(name: str, revision: str | None = None) -> Path | None:
@@ -527,6 +530,16 @@ def _check_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder} has no weights: {some(lacking)} not found among {some(names)}.",
             fix="Download the model again; its weights did not arrive whole.",
+        )
+
+
+def _check_depth(config: Any, name: str) -> None:
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > MOST_LAYERS:
+        raise ModelError(
+            f"{name}: its configuration asks for {layers:,} layers.",
+            why="All of them would be made, for hours, before any is found to have no weights.",
+            fix="Fetch config.json again from where the model came.",
         )
 
 

@@ -5,6 +5,7 @@ or safetensors read anything. Imports none of them, nor torch. Which code may ru
 `tokens`, which knows where code would come from.
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -42,18 +43,20 @@ def folder_of(name: str) -> Path | None:
     """The folder that `name` means; None where it can only be a Hub id."""
     if not name:
         raise ModelError("No model is named.", fix="Give a folder or a Hub id.")
-    path = Path(name).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(name))
+    if os.path.isdir(path):  # Path raises for names that no file can have
         return path
-    if path.is_file():
+    if os.path.isfile(path):
         raise ModelError(
             f"{name} is a file; a model is a folder with config.json and *.safetensors.",
             fix=f"Give the folder: {path.parent}",
         )
-    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not ("/" in name and path.parent.is_dir()):
+    if re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) and not (
+        "/" in name and os.path.isdir(path.parent)
+    ):
         return None
     raise ModelError(
-        f"There is no folder {name}.{nearest_folder(path)}",
+        f"There is no folder {name:.200}.{nearest_folder(path)}",
         fix="Give a folder with config.json and *.safetensors, or a Hub id such as org/name.",
     )
 
@@ -61,7 +64,7 @@ def folder_of(name: str) -> Path | None:
 def nearest_folder(path: Path) -> str:
     """` Did you mean X?` for a folder beside `path` with a name close to its own; else empty."""
     parent = path.parent
-    if not parent.is_dir():
+    if not os.path.isdir(parent):
         return ""
     return nearest(path.name, sorted(entry.name for entry in parent.iterdir() if entry.is_dir()))
 
@@ -183,4 +186,9 @@ def _stored(entry: Mapping[str, Any], *, first: int, last: int) -> Stored:
         raise ValueError("an offset or a size is not a whole number")
     if not first <= first + start <= first + end <= last:
         raise ValueError("a tensor lies outside the file")
-    return Stored(str(entry["dtype"]), tuple(entry["shape"]), first + start, first + end)
+    dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+    bits = int((re.findall(r"\d+", dtype) or [8])[0])  # BOOL has a byte
+    beyond = math.prod(max(edge, 1) for edge in shape) >= 1 << 62
+    if beyond or math.prod(shape) * bits != 8 * (end - start):
+        raise ValueError("a tensor has other bytes than its shape says")
+    return Stored(dtype, shape, first + start, first + end)

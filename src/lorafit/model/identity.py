@@ -12,6 +12,7 @@ not count. A base that differs outside every window would pass; `files_sha256` i
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -116,6 +117,8 @@ def check_same(folder: Path, *, recorded: Mapping[str, Any], base: str) -> None:
     wanted = recorded.get("fingerprint")
     if not place or not wanted or not (files := _weights(place)):
         return
+    if not all(file.is_file() for file in files):  # who loads it says so
+        return
     if wanted == _fingerprint(digest for file in files for digest in _known(file)["tensors"]):
         return
     same = recorded.get("headers_sha256") == _headers_sha256(_tensors(place))
@@ -136,7 +139,8 @@ def check_same(folder: Path, *, recorded: Mapping[str, Any], base: str) -> None:
 def _weights(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
         placed = guard.read_json(folder / INDEX).get("weight_map")
-        return [folder / Path(str(name)).name for name in sorted(set(dict(placed or {}).values()))]
+        names = placed.values() if isinstance(placed, dict) else ()
+        return [folder / Path(name).name for name in sorted(set(map(str, names)))]
     whole = folder / "model.safetensors"
     return [whole] if whole.is_file() else sorted(folder.glob("*.safetensors"))
 
@@ -159,7 +163,7 @@ def _of_folder(folder: Path, *, local: bool) -> dict[str, Any]:
     return {
         "path": str(folder.resolve()) if local else None,
         "model_type": config.get("model_type"),
-        "parameters": sum(torch.Size(tensor.shape).numel() for _, tensor in tensors.values()),
+        "parameters": sum(math.prod(tensor.shape) for _, tensor in tensors.values()),
         "dtype": config.get("dtype") or config.get("torch_dtype"),
         "quantisation": quantised.scheme_of(config.get("quantization_config") or {}),
         "headers_sha256": _headers_sha256(tensors),
@@ -224,7 +228,7 @@ def _digest(
 ) -> str:
     """The digest of a tensor of that format and shape; `read` gives bytes by start and length."""
     dtype, shape = kind
-    size = torch.Size(shape).numel() * _FORMATS[dtype].itemsize if dtype in _FORMATS else 0
+    size = math.prod(shape) * _FORMATS[dtype].itemsize if dtype in _FORMATS else 0
     parts = name.split(".")
     place = ".".join([*filter(str.isdigit, parts), *parts[-2:]])
     place = place if any(map(str.isdigit, parts)) else ""

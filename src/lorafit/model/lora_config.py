@@ -5,7 +5,6 @@ configuration of what comes back.
 """
 
 import json
-import math
 import re
 import subprocess
 import sys
@@ -101,14 +100,12 @@ def _imports(mapping: Any) -> bool:
 def _beyond(name: str, value: Any) -> Iterator[str]:
     ranks, alphas = ("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")
     most = MOST_RANK if name in ranks else MOST_ALPHA
-    numbers: list[Any] = list(value.values()) if isinstance(value, dict) else [value]
-    if name in ranks and not all(fits(n, int) and 1 <= n <= most for n in numbers if n is not None):
+    numbers = value.values() if isinstance(value, dict) else () if value is None else (value,)
+    if name in ranks and not all(fits(n, int) and 1 <= n <= most for n in numbers):
         yield f"is not between 1 and {most:,}"
-    if name in alphas and not all(
-        fits(n, float) and math.isfinite(n) and 0 < n <= most for n in numbers if n is not None
-    ):
+    if name in alphas and not all(fits(n, float) and 0 < n <= most for n in numbers):
         yield f"is not above 0 and at most {most:,}"
-    if name == "lora_dropout" and not 0 <= numbers[0] < 1:
+    if name == "lora_dropout" and not all(0 <= n < 1 for n in numbers):
         yield "is not from 0 to below 1"
     if name == "bias" and value not in ("none", "all", "lora_only"):
         yield "is not none, all or lora_only"

@@ -6,6 +6,7 @@ data can be looked at within a second.
 
 import hashlib
 import json
+import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from logging import CRITICAL
@@ -165,8 +166,11 @@ def explained(name: str, what: str) -> Generator[None]:
         raise
     except Exception as error:  # no common root: a stranger's file can fail anywhere in them
         reason = str(error).strip().split("\n")[0]
-        if Path(name).is_dir():
-            raise ModelError(f"The {what} in {name} cannot be read: {reason}") from error
+        if os.path.isdir(name):
+            raise ModelError(
+                f"The {what} in {name} cannot be read: {reason}",
+                fix="Fetch it again from where it came, or give another folder.",
+            ) from error
         offline = " while offline (HF_HUB_OFFLINE)" if HF_HUB_OFFLINE else ""
         raise ModelError(
             f"{name} is no folder here, and no {what} of that name could be had from the Hub"

@@ -5,6 +5,7 @@ random generator, position, what it was made with. Tensors are safetensors, the 
 folders through `store` and nothing of models: the trainer hands over the adapter's writer.
 """
 
+import os
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
@@ -122,7 +123,7 @@ def load(folder: Path) -> RunState:
 
 def _tried(folder: Path) -> tuple[RunState | None, str]:
     """The state in `folder`, or None and the reason."""
-    if folder.is_dir() and not (folder / store.MANIFEST).exists():
+    if os.path.isdir(folder) and not os.path.lexists(folder / store.MANIFEST):
         return None, f"it has no {store.MANIFEST}: not lorafit's, or not whole"
     why = store.fault(folder)
     if why:

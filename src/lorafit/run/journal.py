@@ -30,7 +30,10 @@ class Journal:
         if resumed is not None and resumed[0].resolve().parent == folder.resolve():
             _forget_after(self.path, resumed[1], saved=resumed[0].name)
         with writing(self.path):
-            self._file = self.path.open("a", buffering=1, encoding="utf-8")
+            # half a character, as in names that are not UTF-8, becomes JSON's escape for it
+            self._file = self.path.open(
+                "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+            )
             if _is_cut(self.path):
                 self._file.write("\n")
 

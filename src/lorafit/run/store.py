@@ -307,7 +307,7 @@ def fault(folder: Path) -> str:
                 return f"{name} does not match its sha256"
     except FileNotFoundError as missing:
         return f"{Path(missing.filename or folder).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError) as broken:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as broken:
         return f"{MANIFEST} cannot be read ({broken})"
     return ""
 
@@ -400,7 +400,7 @@ def named(folder: Path) -> Iterator[Path]:
     except (OSError, ValueError):
         return
     for name in names:
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, RuntimeError):
             yield _regular(folder, name)
 
 
@@ -439,6 +439,7 @@ def check_writable(folder: Path) -> None:
     Raises:
         OutputError: it, or the folder it would be made in, cannot be written, or is a file.
     """
+    _check_name(folder)
     existing = _existing(folder)
     if not existing.is_dir():
         raise OutputError(
@@ -451,6 +452,28 @@ def check_writable(folder: Path) -> None:
             why="Checkpoints and the adapter would have nowhere to go.",
             fix="Choose another folder with --output-dir.",
         )
+
+
+def _check_name(folder: Path) -> None:
+    """Raises OutputError where nothing can lie, or nothing can be made, under that name."""
+    try:
+        str(folder).encode()  # safetensors reads no other
+        folder.stat()
+        return
+    except NotADirectoryError:
+        return  # told by the name of the file
+    except FileNotFoundError:
+        if not folder.is_symlink():
+            return
+        reason = "it is a link to what is not there"
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+    except ValueError:
+        reason = "its name is not UTF-8, or holds a NUL"
+    raise OutputError(
+        f"The output folder {folder!s:.200} cannot be made: {reason}.",
+        fix="Choose another folder with --output-dir.",
+    )
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -485,6 +508,7 @@ def make_folder(folder: Path) -> Path:
     Raises:
         OutputError: it cannot be made.
     """
+    _check_name(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,28 @@ def _received(end: _End) -> Any:
 
 
 @contextmanager
+def naming_the_killed(how_to_go_on: Callable[[], str]) -> Generator[None]:
+    """What torch raises, anywhere, once a data worker is gone, comes out as an error for people.
+
+    Args:
+        how_to_go_on: Asked then.
+
+    Raises:
+        LorafitError: one is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise LorafitError(
+            f"A data worker was killed: {str(error).splitlines()[0]}",
+            why="Most often because memory ran out, or shared memory (/dev/shm) is too small.",
+            fix=("Take fewer of them: dataloader_num_workers.", how_to_go_on()),
+        ) from error
+
+
+@contextmanager
 def _forked(work: Callable[[Any], Any], count: int) -> Generator[list[_End]]:
     """A connection to each of `count` processes, which end with the block."""
     fork = get_context("fork")
