@@ -10,7 +10,9 @@ import torch
 import transformers
 
 import lorafit
+from lorafit import parts
 from lorafit.data.loader import order
+from lorafit.engine.evaluation import Readings
 from lorafit.errors import ConfigError
 from lorafit.events import (
     PROBE,
@@ -184,19 +186,30 @@ def test_readings_leave_no_trace_but_their_own(tmp_path: Path) -> None:
     ]
 
 
-def test_training_examples_are_read_beside_what_was_asked(tmp_path: Path) -> None:
-    """Of the same examples each time; callbacks and logs do not see them."""
-    for given in ({"eval_strategy": "epoch"}, {"eval_strategy": "epoch", "eval_on_start": True}):
+@pytest.mark.parametrize("at_start", [False, True])
+def test_training_examples_are_read_beside_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_start: bool
+) -> None:
+    """Of the same examples each time; callbacks, logs and the run's random numbers, which dropout
+    draws here, do not notice."""
+    outcomes: list[Any] = []
+    for probed in (True, False):
+        if not probed:
+            monkeypatch.setattr(parts, "readings", lambda *_, **__: Readings(frozenset(), 0))
         trainer = make(
-            tmp_path / str(len(given)), model=llama(dropout=0.3), data=plain(40),
-            num_train_epochs=2, eval_dataset=HELD, callbacks=[record := Record()], **given,
+            tmp_path / str(probed), model=llama(dropout=0.3), data=plain(40), num_train_epochs=2,
+            eval_strategy="epoch", eval_on_start=at_start, eval_dataset=HELD,
+            callbacks=[record := Record()],
         )  # fmt: skip
         with events_of(trainer) as told:
             trainer.train()
         read = [(e.step, e.occasion) for e in told if isinstance(e, Evaluated) and e.name == PROBE]
-        assert read == [(step, "reading") for step in (0, 10, 20) if step or len(given) > 1]
-        assert [name for name, *_ in record.seen].count("on_evaluate") == len(given) + 1
+        due = [(step, "reading") for step in (0, 10, 20) if step or at_start]
+        assert read == (due if probed else [])
+        assert [name for name, *_ in record.seen].count("on_evaluate") == 2 + at_start
         assert not any("probe" in key for entry in trainer.state.log_history for key in entry)
+        outcomes.append(adapter(trainer))
+    assert same(*outcomes)
 
 
 def test_readings_are_turned_off_in_writing(tmp_path: Path) -> None:
