@@ -77,7 +77,7 @@ STEP_PATH: tuple[str, ...] = (
     "engine/room.py:Room._went_well",
     "engine/room.py:Room.held",
     "engine/room.py:Room.tokens",
-    "engine/room.py:peak_bytes",
+    "engine/limits.py:peak",
     "engine/step.py:Engine._advance",
     "engine/step.py:Engine._run_part",
     "engine/step.py:Engine._update",

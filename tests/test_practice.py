@@ -207,6 +207,6 @@ def test_a_forecast_covers_what_comes() -> None:
 
 def test_a_forecast_is_held_against_the_run() -> None:
     written = json.dumps({"time": {"seconds": 100.0, "low": 90.0, "high": 110.0}})
-    assert practice.forecast_kept(written, 95.0).endswith("it took 1.6 min, as forecast.")
+    assert practice.forecast_kept(written, 95.0).endswith("it took 1 min 35 s, as forecast.")
     assert "outside" in practice.forecast_kept(written, 200.0)
     assert practice.forecast_kept("{}", 1.0) == practice.forecast_kept("[", 1.0) == ""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lorafit.engine import room
+from lorafit.engine import limits, room
 from lorafit.engine.room import Full, Room
 from lorafit.errors import OutOfMemoryError
 from lorafit.events import OutOfMemory
@@ -200,7 +200,7 @@ def test_resident_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts shrink before they would reach the limit, by what a token is known to keep."""
     told: list[OutOfMemory] = []
     held = Room(most=1000, divides=True, tell=told.append, limit=10_000, per_token=10)
-    monkeypatch.setattr(room, "peak_bytes", lambda: 2_000)
+    monkeypatch.setattr(limits, "peak", lambda: 2_000)
     ran = held.held(lambda tokens: [_Part(tokens)], lambda parts: parts[0].positions, step=1)  # type: ignore[arg-type]
     assert ran == 500 and told[0].message == "resident memory would reach 12.0 kB of 10.0 kB"
     assert held.held(lambda _: [_Part(700)], len, step=2) == 1, "what is known not to grow"  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Amounts of memory as people write and read them. Knows no machine.
+"""Amounts of memory and time as people write and read them. Knows no machine.
 
 Bytes are counted in thousands, as disks and `8GB` do; `8GiB` counts in 1,024s.
 """
@@ -50,3 +50,13 @@ def shown(count: float) -> str:
 
 
 _SHOWN: Final = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
+
+
+def duration(seconds: float) -> str:
+    """ "2 h 05 min", "12 min", "3 min 20 s", "12 s"."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+    if whole >= 600:
+        return f"{whole // 60} min"
+    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"

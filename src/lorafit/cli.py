@@ -21,6 +21,7 @@ from rich.console import Console as Terminal
 
 from lorafit import config
 from lorafit.arguments import PANELS, PYTHON_ONLY, TrainingArguments
+from lorafit.config import Settings
 from lorafit.errors import ConfigError, LorafitError, TrainingInterrupted, UsageError, shown
 from lorafit.panel import Knob
 from lorafit.run.signals import leave, unwind
@@ -121,6 +122,12 @@ def _with_options(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _resolved(settings: Path | None, given: dict[str, Any]) -> Settings:
+    """The panels, from the file and the flags that were given."""
+    flags = {name: value for name, value in given.items() if value is not None}
+    return config.load(settings, flags)
+
+
 @app.command()
 @_with_options
 @_exits
@@ -131,8 +138,7 @@ def train(
     **given: Any,
 ) -> None:
     """Train an adapter: lorafit train --model FOLDER_OR_ID --data FILE"""
-    flags = {name: value for name, value in given.items() if value is not None}
-    resolved = config.load(settings, flags)
+    resolved = _resolved(settings, given)
     from lorafit import job
 
     unwind()
@@ -157,8 +163,7 @@ def check(
     """Report on the data, no weight read: lorafit check --model FOLDER_OR_ID --data FILE
 
     Exits with 1 where something would hurt the training."""
-    flags = {name: value for name, value in given.items() if value is not None}
-    resolved = config.load(settings, flags)
+    resolved = _resolved(settings, given)
     from lorafit import review
     from lorafit.run.console import show_report
 
@@ -189,10 +194,10 @@ def practice(
     """Try the whole path on a few hundred rows: lorafit practice --model FOLDER_OR_ID --data FILE
 
     Exits with 0 only if the full run should be started."""
-    flags = {name: value for name, value in given.items() if value is not None}
-    resolved = config.load(settings, flags)
+    resolved = _resolved(settings, given)
     from lorafit import job
 
+    unwind()
     prepared = job.prepare(resolved)
     if not prepared.practise().go:
         raise typer.Exit(1)
@@ -321,8 +326,7 @@ def plan(
     if device not in ("", "cpu", "cuda"):
         raise ConfigError(f"--device {device} is not one of cpu, cuda.")
     # no example is read, and the panel of data asks for a name
-    flags = {"data": "-", **{name: value for name, value in given.items() if value is not None}}
-    resolved = config.load(settings, flags)
+    resolved = _resolved(settings, given | {"data": given["data"] or "-"})
     from lorafit import forecast
 
     made = forecast.make(resolved, device)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +24,7 @@ from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.limits import Limit
 from lorafit.engine.memory import Work
 from lorafit.engine.precision import Precision, products
-from lorafit.engine.room import Room, forget_peak, peak_bytes
+from lorafit.engine.room import Room
 from lorafit.errors import ConfigError, ModelError
 from lorafit.events import OutOfMemory
 from lorafit.model import base, lora, quantised
@@ -88,14 +89,14 @@ class Packing:
     ) -> Room:
         """How much of a step runs at a time. A limit that is passed before it begins is not
         watched: the plan has said that it is too much."""
-        forget_peak()
+        limits.forget_peak()
         limit = resident_limit(arguments)
         return Room(
             most=self.tokens,
             divides=divides,
             keep_less=partial(self.keep_less, model),
             tell=tell,
-            limit=limit if limit > peak_bytes() else 0,
+            limit=limit if limit > limits.peak() else 0,
             per_token=self.per_token,
         )
 
@@ -177,14 +178,14 @@ def choose(
         notices = (*notices, _EMULATED)
     notices = (*notices, *decided.notices)
     return Packing(
-        found,
-        decided.tokens,
-        decided.recompute,
-        seed,
-        drawn,
-        notices,
-        decided.per_token,
-        decided.planned,
+        runner=found,
+        budget=decided.tokens,
+        recompute=decided.recompute,
+        seed=seed,
+        drawn=drawn,
+        notices=notices,
+        per_token=decided.per_token,
+        planned=decided.planned,
     )
 
 
@@ -275,18 +276,18 @@ def _work(
         ranks=trained * each[1] // each[0],  # as if all projections had the same rank
         optim=arguments.optim,
         is_fused=fused,
-        longest=max(lengths_of(rows.training), default=0),
+        longest=int(lengths_of(rows.training).max(initial=0)),
         examples=arguments.effective_batch_size,
         evaluated=forecast.evaluated(arguments),
     )
 
 
-def lengths_of(rows: Any) -> list[int]:
+def lengths_of(rows: Any) -> np.ndarray:
     """Tokens of each example, where that is known without making it; else empty."""
     if isinstance(rows, Chosen):
-        return [int(n) for stored, numbers in rows.parts for n in stored.lengths[numbers]]
+        return rows.lengths
     known = isinstance(rows, list) and all(isinstance(r, dict) and "input_ids" in r for r in rows)
-    return [len(row["input_ids"]) for row in rows] if known else []
+    return np.array([len(row["input_ids"]) for row in rows] if known else [], np.int64)
 
 
 def resident_limit(arguments: TrainingArguments) -> int:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
+from lorafit.data.loader import Loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
 from lorafit.engine.evaluation import Readings, plan_readings
@@ -138,6 +139,15 @@ def data_loader(
             worker_init_fn=signals.deafen,
         ),
         seed=order_seed(arguments),
+    )
+
+
+def steps_of(batches: Any, arguments: TrainingArguments) -> Loader:
+    """What `batches` yields, in the steps of a run."""
+    return Loader(
+        deafened(batches),
+        size=arguments.train_batch_size,
+        per_step=arguments.gradient_accumulation_steps,
     )
 
 

@@ -14,12 +14,12 @@ import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from shutil import rmtree
 from time import perf_counter
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from rich.console import Console as Terminal
 from torch import Tensor, nn
@@ -27,10 +27,10 @@ from torch.utils.data import Subset
 
 from lorafit import packing, parts
 from lorafit.data import loader
-from lorafit.data.loader import Loader
+from lorafit.data.audit import pieces
 from lorafit.data.shapes import IGNORE
 from lorafit.deploy.generate import GREEDY, go_on
-from lorafit.engine import probe, room
+from lorafit.engine import limits, probe, room
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole
 from lorafit.errors import ConfigError, ModelError, NonFiniteError, OutOfMemoryError
@@ -125,7 +125,7 @@ class _Rehearsal:
     Attributes:
         per_step: Examples of a step.
         train, held_out: The rows that are practised on, and those that are read.
-        total: Steps of the full run.
+        plan: The full run's.
     """
 
     def __init__(self, trainer: Hooks, folder: Path, *, helpers: Helpers) -> None:
@@ -136,11 +136,7 @@ class _Rehearsal:
         self.per_step = self.settings.effective_batch_size
         self.train = parts.subset(trainer.train_dataset, ROWS, seed=self.settings.seed)
         self.held_out, self.unseen = _held_out(trainer)
-        steps = Loader(
-            trainer.get_train_dataloader(),
-            size=self.settings.train_batch_size,
-            per_step=self.settings.gradient_accumulation_steps,
-        )
+        steps = parts.steps_of(trainer.get_train_dataloader(), self.settings)
         self.plan = parts.plan(self.settings, steps, done=parts.START)
 
     def run(self) -> Practice:
@@ -243,10 +239,11 @@ class _Rehearsal:
         """Forward and backward of the largest micro-batch that the full run can meet; whether it
         fits."""
         rows = self.trainer.train_dataset
-        sizes = packing.lengths_of(rows) or [0] * len(self.train)
-        order = sorted(range(len(sizes)), key=lambda at: -sizes[at])[: self.per_step]
+        lengths = packing.lengths_of(rows)
         reader = self.copy("first", steps=LEAST_STEPS)
-        reader.train_dataset = Subset(rows if any(sizes) else self.train, order)
+        if len(lengths):
+            longest = np.argsort(-lengths, kind="stable")[: self.per_step]
+            reader.train_dataset = Subset(rows, longest.tolist())
         step = _Step.of(reader)
         batch = max(step.laid_out(), key=lambda batch: batch.positions)
         parts_of, objective = reader._packing, reader._objective()
@@ -332,7 +329,7 @@ class _Rehearsal:
     def _check_memory(self, events: Sequence[Event]) -> None:
         device = self.trainer._device
         cuda = device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated(device) if cuda else room.peak_bytes()
+        peak = torch.cuda.max_memory_allocated(device) if cuda else limits.peak()
         self.findings.append(practice.memory(peak, events))
 
     def _made(self, step: "_Step", events: Sequence[Event], *, reading: Read) -> Practice:
@@ -385,12 +382,7 @@ class _Step:
 
     @classmethod
     def of(cls, trainer: Any) -> "_Step":
-        settings = trainer.args
-        steps = Loader(
-            trainer.get_train_dataloader(),
-            size=settings.train_batch_size,
-            per_step=settings.gradient_accumulation_steps,
-        )
+        steps = parts.steps_of(trainer.get_train_dataloader(), trainer.args)
         trainer._objective()
         return cls(trainer, next(iter(steps.epoch(0))).batches)
 
@@ -455,9 +447,7 @@ class _Step:
         if tokenizer is None:
             return ()
         ids, labels = self.row()
-        learned = [label != IGNORE for label in labels.tolist()]
-        runs = groupby(zip(ids.tolist(), learned, strict=True), key=lambda pair: pair[1])
-        return tuple((tokenizer.decode([i for i, _ in run]), is_on) for is_on, run in runs)
+        return pieces(ids.tolist(), labels.tolist(), tokenizer=tokenizer)
 
 
 def _held_out(trainer: Hooks) -> tuple[Any, bool]:

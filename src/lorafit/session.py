@@ -17,10 +17,11 @@ from torch import nn
 from lorafit import parts
 from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader, StepBatches, rows_of
+from lorafit.engine import limits
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.optim import Updater
-from lorafit.engine.room import Room, peak_bytes
+from lorafit.engine.room import Room
 from lorafit.engine.step import Engine, StepResult
 from lorafit.errors import ConfigError
 from lorafit.events import MemoryPeak, Reason, RunEnded, RunStarted
@@ -214,7 +215,7 @@ class Session:
     def memory_peak(self) -> MemoryPeak:
         """The most memory held so far, for observers."""
         device = self.engine.precision.device
-        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_bytes()
+        held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else limits.peak()
         return MemoryPeak(self.position.step, held)
 
     def save_is_asked(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
-from lorafit.data.loader import Loader, length_of
+from lorafit.data.loader import length_of
 from lorafit.engine import moments
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
@@ -304,12 +304,8 @@ class Trainer(Hooks):
     def _begin(self, kept: Kept | None) -> Session:
         """The run's parts, at its start or at the position of the checkpoint `kept`."""
         arguments, overrides = self._settings, self._overrides()
-        batches = parts.deafened(self.get_train_dataloader())
-        steps = Loader(
-            batches,
-            size=arguments.train_batch_size,
-            per_step=arguments.gradient_accumulation_steps,
-        )
+        batches = self.get_train_dataloader()
+        steps = parts.steps_of(batches, arguments)
         plan = parts.plan(arguments, steps, done=kept.state.position if kept else START)
         objective = self._objective()
         self.model.zero_grad()  # of a backward before this run, or of a run that failed

@@ -134,7 +134,7 @@ def audit(sets: Sets, tokenizer: Tokenizer, *, batch_size: int) -> Audit:
 
 
 def _side(chosen: Chosen, *, stops: Sequence[int], batch_size: int) -> Side:
-    lengths = np.concatenate([stored.lengths[numbers] for stored, numbers in chosen.parts])
+    lengths = chosen.lengths
     supervised = sum(int(stored.supervised[numbers].sum()) for stored, numbers in chosen.parts)
     wholes = np.concatenate([stored.wholes[numbers] for stored, numbers in chosen.parts])
     return Side(
@@ -194,12 +194,19 @@ def _shown(chosen: Chosen, tokenizer: Tokenizer) -> tuple[tuple[tuple[str, bool]
     short = [int(number) for number in numbers[:1000] if stored.lengths[number] <= _SHOWN]
     number = short[0] if short else int(numbers[0])
     example = stored[number]
-    pairs = zip(example["input_ids"], example["labels"], strict=True)
-    pieces = [
+    said = pieces(example["input_ids"], example["labels"], tokenizer=tokenizer)
+    return said, stored.sources()[number]
+
+
+def pieces(
+    ids: Sequence[int], labels: Sequence[int], *, tokenizer: Tokenizer
+) -> tuple[tuple[str, bool], ...]:
+    """An example as text, in stretches that are learned or not."""
+    pairs = zip(ids, labels, strict=True)
+    return tuple(
         (decode(tokenizer, [token for token, _ in run]), is_learned)
         for is_learned, run in groupby(pairs, key=lambda pair: pair[1] != IGNORE)
-    ]
-    return tuple(pieces), stored.sources()[number]
+    )
 
 
 def _source_line(one: Read) -> str:

@@ -102,6 +102,11 @@ class Chosen(Sequence[dict[str, list[int]]]):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.concatenate([stored.lengths[numbers] for stored, numbers in self.parts])
+
     def __getitem__(self, index: Any) -> Any:
         """The example at that place."""
         if not 0 <= index < len(self):

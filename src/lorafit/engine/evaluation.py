@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.room import Room
+from lorafit.model.base import modes_kept
 
 T = TypeVar("T")
 
@@ -193,14 +194,9 @@ def with_last(batches: Iterable[T]) -> Generator[tuple[T, bool]]:
 @contextmanager
 def measuring(model: nn.Module) -> Generator[None]:
     """Evaluation mode without gradients; each module's own mode is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with modes_kept(model), torch.no_grad():
+        model.eval()
+        yield
 
 
 SHARE = 0.05

@@ -5,6 +5,7 @@ the machine's free memory allow; on CUDA what the device has free. Neither torch
 is imported: `nvidia-smi` is asked.
 """
 
+import ctypes
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -60,11 +61,6 @@ def here(device: str, wanted: Any = None, *, gpu: "Gpu | None" = None) -> Limit:
     return min(found, key=lambda limit: limit.bytes)
 
 
-def resident() -> int:
-    """Bytes that this process holds now."""
-    return psutil.Process().memory_info().rss
-
-
 def multiplies_bf16(device: str, gpu: "Gpu | None" = None) -> bool:
     """Whether the device multiplies bfloat16 itself, by what it says of itself: precision.py asks
     torch the same. A GPU that is not here is taken to."""
@@ -77,7 +73,38 @@ def multiplies_bf16(device: str, gpu: "Gpu | None" = None) -> bool:
     return False
 
 
-# ---- a process on a CPU --------------------------------------------------------------------------
+# ---- this process --------------------------------------------------------------------------------
+
+
+def resident() -> int:
+    """The bytes that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
+def peak() -> int:
+    """The most that it held since `forget_peak`, resident; 0 where Linux does not say."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) << 10
+    return 0
+
+
+def forget_peak() -> bool:
+    """Let the peak begin anew at what is resident now; whether the system allows it."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        return True
+    return False
+
+
+def trim() -> None:
+    """Hand back what the C library keeps of freed blocks, where it can."""
+    with suppress(OSError, AttributeError):  # another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+# ---- what a process on a CPU may hold ------------------------------------------------------------
 
 
 def _of_process() -> Iterator[Limit]:

@@ -7,18 +7,16 @@ of refusing, the resident memory is watched and parts shrink before the limit is
 neither models nor files; telling people is the trainer's.
 """
 
-import ctypes
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, TypeVar
 
 import torch
 
 from lorafit.amounts import shown
+from lorafit.engine import limits
 from lorafit.engine.layout import MicroBatch
 from lorafit.errors import OutOfMemoryError
 from lorafit.events import OutOfMemory
@@ -179,7 +177,7 @@ class Room:
         if not self.limit:
             return None
         at = max(range(len(parts)), key=lambda at: parts[at].positions)
-        peak, growth = peak_bytes(), max(0, parts[at].positions - self._largest) * self.per_token
+        peak, growth = limits.peak(), max(0, parts[at].positions - self._largest) * self.per_token
         # close to it parts are made smaller; beyond it whatever can be done is done
         close = self.divides and parts[at].divides
         allowed = max(int(CLOSE * self.limit) if close else self.limit, self._mark)
@@ -226,20 +224,4 @@ def release() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with suppress(OSError, AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_bytes() -> int:
-    """The process's largest resident set since `forget_peak`; 0 where Linux does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
-    return 0
-
-
-def forget_peak() -> None:
-    """Let the peak begin anew at what is resident now, where Linux allows it."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    limits.trim()

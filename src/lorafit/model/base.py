@@ -285,12 +285,18 @@ def causal_loss_matches(model: nn.Module, device: torch.device) -> bool:
 @contextmanager
 def undisturbed(model: nn.Module) -> Generator[None]:
     """Eval mode inside; every module's mode and the random state are put back."""
-    modes = {module: module.training for module in model.modules()}
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    model.eval()
+    with modes_kept(model), torch.random.fork_rng(devices=list(devices)):
+        model.eval()
+        yield
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Generator[None]:
+    """Each module's own mode, training or not, is put back afterwards."""
+    modes = {module: module.training for module in model.modules()}
     try:
-        with torch.random.fork_rng(devices=list(devices)):
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

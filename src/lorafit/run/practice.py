@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, median, stdev
 from typing import Any, Literal
 
-from lorafit.amounts import shown
+from lorafit.amounts import duration, shown
 from lorafit.events import Event, OutOfMemory
 
 Mark = Literal["good", "note", "stop"]
@@ -96,14 +96,16 @@ _FLAT = "So few steps may not show it; try a higher --learning-rate before commi
 
 @dataclass(frozen=True)
 class Forecast:
-    """Seconds of the full run, between `low` and `high` with 95%."""
+    """Seconds of the full run, between `low` and `high` with 95%; NaN where no step was taken."""
 
     seconds: float
     low: float
     high: float
 
     def __str__(self) -> str:
-        return f"{spoken(self.seconds)} ({spoken(self.low)} to {spoken(self.high)})"
+        if math.isnan(self.seconds):
+            return "a time that is not known"
+        return f"{duration(self.seconds)} ({duration(self.low)} to {duration(self.high)})"
 
 
 def forecast(steps: Sequence[tuple[int, float]], *, steps_to_come: int, besides: float) -> Forecast:
@@ -144,7 +146,7 @@ def forecast_kept(written: str, seconds: float) -> str:
     except (ValueError, KeyError, TypeError):
         return ""
     verdict = "as forecast" if inside else "outside what was forecast"
-    return f"The practice run forecast {expected}; it took {spoken(seconds)}, {verdict}."
+    return f"The practice run forecast {expected}; it took {duration(seconds)}, {verdict}."
 
 
 def labels(learned: int, tokens: int) -> Finding:
@@ -355,10 +357,3 @@ class Practice:
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for practice.json."""
         return {**asdict(self), "go": self.go, "verdict": self.verdict}
-
-
-def spoken(seconds: float) -> str:
-    """`seconds` for people: 42 s, 3.5 min, 2.1 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

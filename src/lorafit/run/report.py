@@ -16,6 +16,7 @@ from typing import Any
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
+from lorafit.amounts import duration
 from lorafit.events import (
     DataAudited,
     Evaluated,
@@ -67,16 +68,6 @@ def _facts(run: Record) -> list[tuple[str, str, str]]:
     if run.seconds_left is not None:
         made.append(("left", duration(run.seconds_left), "at this pace"))
     return made
-
-
-def duration(seconds: float) -> str:
-    """ "2 h 05 min", "12 min", "3 min 20 s", "12 s"."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-    if whole >= 600:
-        return f"{whole // 60} min"
-    return f"{whole // 60} min {whole % 60:02} s" if whole >= 60 else f"{whole} s"
 
 
 def _state(run: Record) -> str:

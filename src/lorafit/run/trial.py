@@ -11,6 +11,7 @@ from torch import nn
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.step import Engine
 from lorafit.model import adapters
+from lorafit.model.base import modes_kept
 from lorafit.run import rates
 from lorafit.run.checkpoint import random_state_kept
 from lorafit.run.rates import Curve
@@ -20,15 +21,12 @@ from lorafit.run.rates import Curve
 def untouched(model: nn.Module) -> Generator[None]:
     """What is trained inside, modes, gradients and the random state are put back."""
     before = {name: tensor.clone() for name, tensor in adapters.adapter_state(model).items()}
-    modes = {module: module.training for module in model.modules()}
     try:
-        with random_state_kept():
+        with modes_kept(model), random_state_kept():
             yield
     finally:
         adapters.load_adapter_state(model, before)
         model.zero_grad()
-        for module, training in modes.items():
-            module.training = training
 
 
 def find_rate(
