@@ -875,7 +875,7 @@ except KeyboardInterrupt:
     )
     assert done.stdout.endswith("went on\n"), done.stderr
     kinds = {path.suffix for path in tmp_path.rglob("*") if path.is_file()}
-    assert kinds == {".json", ".jsonl", ".safetensors", ".md"}
+    assert kinds == {".html", ".json", ".jsonl", ".safetensors", ".md"}
 
 
 def test_the_package_names_no_pickle() -> None:

@@ -41,6 +41,8 @@ FROM_0, FROM_1, PART = (0, None), (1, None), (0, 1)
 PYTHON_ONLY = "Python only"
 """The group of knobs that only a script can use; the command line does not list them."""
 
+OFTEN = 0.05
+"""Part of a run: how often it is read where somebody wants to know when it begins to memorise."""
 ONCE = "This time only"
 """The group of knobs that are said for one run and belong to no configuration file of it."""
 NOT_IN_FILES = ("trust_remote_code",)
@@ -272,6 +274,11 @@ class TrainingArguments(Panel):
         8, "Examples at once, per device.", unit="rows", span=FROM_1
     )
     load_best_model_at_end: bool = _eval(False, "End with the best adapter.", recipe=True)
+    stop_when_memorising: bool = _eval(
+        False, "Stop where it begins to memorise; end with the best adapter."
+    )
+    memorising_patience: int = _eval(1, "Evaluations in a row that find it so.", span=FROM_1)
+    show_samples: int = _eval(0, "Answers shown at each evaluation.", span=FROM_0)
     metric_for_best_model: str | None = _eval(None, "What best means; none: the loss.")
     greater_is_better: bool | None = _eval(None, "Whether more is better; none: unless a loss.")
 
@@ -331,6 +338,9 @@ class TrainingArguments(Panel):
             state["eval_strategy"] = made.save_strategy
         elif not (evaluate or save) and (was_set("eval_steps") or was_set("save_steps")):
             state["eval_strategy"] = state["save_strategy"] = "steps"
+        elif not (evaluate or save) and made.stop_when_memorising:
+            state["eval_strategy"] = state["save_strategy"] = "steps"
+            made.eval_steps = OFTEN
         if was_set("save_steps") and not was_set("eval_steps"):
             made.eval_steps = made.save_steps
         made.settle()

@@ -26,7 +26,6 @@ from lorafit.model import adapters, base
 from lorafit.rehearsal import Helpers
 from lorafit.run import store
 from lorafit.run.practice import PRACTICE, Finding, Practice, forecast_kept
-from lorafit.run.report import Page
 from lorafit.trainer import Trainer
 
 
@@ -48,7 +47,6 @@ class Job:
             if arguments.overwrite:
                 store.clear_run(folder)
             self.trainer.observers += [self._keep_settings, self._hold_to_forecast]
-            self.trainer.observers.followers.append(Page(folder, say=self.trainer.observers.say))
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))

@@ -412,11 +412,22 @@ def readings(
     written, named = arguments.was_set("eval_strategy"), isinstance(held_out, dict)
     size = min(map(len, held_out.values()), default=0) if named else loader.length_of(held_out)
     off = overrides.of_evaluation or (written and arguments.eval_strategy == "no")
+    if arguments.stop_when_memorising and arguments.eval_strategy == "no" and (off or not size):
+        raise ConfigError(
+            "stop_when_memorising: no evaluation loss is read in this run.",
+            why="Memorising shows in examples that are not trained on.",
+            fix="Give an eval_dataset (on the command line --eval-share or --eval-data), and leave "
+            "eval_strategy out or set it to 'steps' with eval_steps.",
+        )
     if off or not size or plan.steps_per_epoch is None:
         return Readings(frozenset(), 0)
     processed = round((loader.length_of(train) or 0) * plan.steps / plan.steps_per_epoch)
     made = plan_readings(
-        steps=plan.steps, steps_per_epoch=plan.steps_per_epoch, examples=processed, held_out=size
+        steps=plan.steps,
+        steps_per_epoch=plan.steps_per_epoch,
+        examples=processed,
+        held_out=size,
+        often=arguments.stop_when_memorising,
     )
     asked = written or named or arguments.eval_strategy != "no"
     return replace(made, steps=frozenset()) if asked else made

@@ -29,7 +29,7 @@ from lorafit import packing, parts
 from lorafit.data import loader
 from lorafit.data.audit import pieces
 from lorafit.data.shapes import IGNORE
-from lorafit.deploy.generate import GREEDY, go_on
+from lorafit.deploy import samples
 from lorafit.engine import limits, probe, room
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole
@@ -315,15 +315,10 @@ class _Rehearsal:
         ends = [labels[labels != IGNORE] for _, labels in step.rows() if (labels != IGNORE).any()]
         learned = sum(int(end[-1]) in stops for end in ends)
         text, stopped = "", None
-        ids, labels = step.row()
-        start = int((labels != IGNORE).nonzero()[0]) if (labels != IGNORE).any() else 0
+        prompt, _ = samples.parted(*step.row())
         with suppress(AttributeError, NotImplementedError):  # a module that does not generate
-            prompt = [ids[: max(start, 1)].tolist()]
-            with torch.no_grad(), base.undisturbed(self.model):
-                (new,) = go_on(self.model, prompt, stops=stops, sampling=GREEDY)
-            end = next((at for at, token in enumerate(new) if token in stops), None)
-            stopped = end is not None
-            text = tokenizer.decode(new[:end], skip_special_tokens=True) if tokenizer else ""
+            new, stopped = samples.answer(self.model, prompt, stops=stops)
+            text = tokenizer.decode(new, skip_special_tokens=True) if tokenizer else ""
         self.findings.append(practice.stopping(len(ends), learned, stopped=stopped, text=text))
 
     def _check_memory(self, events: Sequence[Event]) -> None:
@@ -425,10 +420,7 @@ class _Step:
     def rows(self) -> Generator[tuple[Tensor, Tensor]]:
         """Ids and labels [T] of each row, without padding."""
         for batch in self.batches:
-            ids_BT, labels_BT = batch["input_ids"], batch["labels"]
-            masks_BT = batch.get("attention_mask", torch.ones_like(ids_BT))
-            for ids, labels, mask in zip(ids_BT, labels_BT, masks_BT, strict=True):
-                yield ids[mask.bool()], labels[mask.bool()]
+            yield from samples.unpadded(batch)
 
     def row(self) -> tuple[Tensor, Tensor]:
         """The shortest that has supervision."""

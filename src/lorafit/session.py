@@ -83,7 +83,8 @@ class Session:
     """Mutable: `position` counts finished steps, from where it `began`; `step_began` is the random
     state at the beginning of a step that has not finished, None between steps; `epoch_began` that
     at the beginning of the epoch; `saved_in` is the whole checkpoint that was saved at step
-    `saved_at`, None before the first. `made_with`: see `RunState`. `say` tells a person a line."""
+    `saved_at`, None before the first. `made_with`: see `RunState`. `say` tells a person a line. So
+    many `samples` are shown at each reading."""
 
     arguments: TrainingArguments
     plan: Plan
@@ -112,6 +113,7 @@ class Session:
     saved_in: Path | None = None
     saved_bytes: int = 0
     read_at: set[int] = field(default_factory=set)
+    samples: int = 0
     cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:

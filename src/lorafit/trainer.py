@@ -15,26 +15,27 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lorafit import compat, parts
 from lorafit.data.loader import length_of
-from lorafit.engine import moments
+from lorafit.deploy import samples
+from lorafit.engine import optim
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import Whole
 from lorafit.engine.optim import Reached
 from lorafit.engine.room import Full
-from lorafit.errors import ConfigError, OutputError, TrainingInterrupted
-from lorafit.events import PROBE, Evaluated, Saved
-from lorafit.hooks import Hooks
-from lorafit.model import adapters, base, identity
+from lorafit.errors import TrainingInterrupted
+from lorafit.events import PROBE, Evaluated, Sampled
+from lorafit.keeping import Keeping
+from lorafit.model import adapters, base
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
 from lorafit.rehearsal import ALONE, Helpers, rehearse
-from lorafit.run import changes, checkpoint, circumstances, journal, store, workers
+from lorafit.run import checkpoint, journal, record, store, workers
 from lorafit.run.callbacks import TrainOutput
 from lorafit.run.checkpoint import Kept
 from lorafit.run.console import show_practice
@@ -43,12 +44,12 @@ from lorafit.run.metrics import deciding_metric, is_better
 from lorafit.run.observers import evaluated, watching_gradients
 from lorafit.run.practice import PRACTICE, PRACTICE_PAGE, Practice
 from lorafit.run.progress import Ended, Progress
-from lorafit.run.report import render_practice
+from lorafit.run.report import Page, render_practice
 from lorafit.run.signals import Asked, Signals, listening
 from lorafit.session import Session, Watch
 
 
-class Trainer(Hooks):
+class Trainer(Keeping):
     """Fine-tunes `model` on `train_dataset`; takes what transformers' Trainer takes.
 
     Args:
@@ -145,9 +146,11 @@ class Trainer(Hooks):
             run.journal = Journal(
                 output, resumed=(kept.folder, kept.state.journal) if kept else None
             )
+            self._tidy(run, kept)
+            page = Page(output, say=self.observers.say)
             with (
                 workers.naming_the_killed(lambda: f"Then go on: {self.resume_command}"),
-                self.observers.writing(run.journal),
+                self.observers.writing(run.journal, page),
                 self._telling_of_bad_numbers(run),
                 watching_gradients(self.observers, Reached(self.model)),
                 base.without_cache(self.model),
@@ -170,6 +173,7 @@ class Trainer(Hooks):
                 if run.arguments.eval_on_start and not run.position.step:
                     self.evaluate(ignore_keys=run.ignore_keys)
                     self._take_reading(run, PROBE)
+                    self._look(run)
                 self._act(run)  # a reading, or the evaluation that an interrupted run was at
             for epoch in range(run.position.epoch, run.plan.epochs):
                 self._epoch(run, epoch)
@@ -211,7 +215,7 @@ class Trainer(Hooks):
         if self._callbacks.asks() or run.watch.signals.save:
             self._do_as_asked(run)
         if run.reading_is_due():
-            self._take_reading(run, "eval", PROBE)
+            self._read_unasked(run)
 
     def _do_as_asked(self, run: Session) -> None:
         """Log, evaluate, save, with the numbers of every step so far."""
@@ -221,6 +225,7 @@ class Trainer(Hooks):
         if self.control.should_evaluate:
             self._evaluate_in_run(run)
             self._take_reading(run, PROBE)
+            self._look(run)
         asked, due = run.save_is_asked(), self.control.should_save
         if due:
             self._save_checkpoint(self.model, None)
@@ -228,6 +233,12 @@ class Trainer(Hooks):
             self._keep(run, whole=True)
         if due or asked:
             self._callbacks.fire("on_save")
+
+    def _read_unasked(self, run: Session) -> None:
+        self._take_reading(run, "eval", PROBE)
+        self._look(run)
+        if self.control.should_save:
+            self._do_as_asked(run)
 
     def _log_window(self, run: Session) -> None:
         logged = run.progress.logged()
@@ -266,6 +277,38 @@ class Trainer(Hooks):
             state.best_metric, state.best_global_step = value, state.global_step
         if arguments.save_strategy == "best":
             self.control.should_save = best
+
+    def _look(self, run: Session) -> None:
+        """After a reading: what the adapter answers; whether it is the best so far, and is kept;
+        whether the run has begun to memorise, and ends."""
+        self.observers.tell(*self._answers(run))
+        if not run.arguments.stop_when_memorising:
+            return
+        told, here = record.read(Path(run.arguments.output_dir)), run.position.step
+        self.control.should_save |= bool(here and told.verdict.best == here)
+        if told.memorises(run.arguments.memorising_patience):
+            self.observers.say(f"stopping: {told.verdict}")
+            self.control.should_training_stop = True
+
+    def _answers(self, run: Session) -> list[Sampled]:
+        """To the first prompts of the evaluation set, as many as are asked for."""
+        if not run.samples:
+            return []
+        try:
+            with optim.resting(self.optimizer), checkpoint.random_state_kept():
+                return samples.answers(
+                    self.model,
+                    self.eval_dataset,
+                    collator=self.data_collator,
+                    tokenizer=self.processing_class,
+                    stops=self.contract.get("stop_ids"),
+                    count=run.samples,
+                    step=run.position.step,
+                )
+        except Exception as error:  # whatever it is, the run goes on
+            run.samples = 0
+            self.observers.say(f"answers cannot be shown, left out: {error}")
+            return []
 
     def _take_reading(self, run: Session, *names: str) -> None:
         """The readings that a script gets by passing an evaluation set alone, and those of training
@@ -348,6 +391,7 @@ class Trainer(Hooks):
             forget=self._packing.forget,
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
             readings=readings,
+            samples=arguments.show_samples,
         )
         run.notices = (
             *arguments.notices,
@@ -359,45 +403,6 @@ class Trainer(Hooks):
         )
         return run
 
-    def _made_with(self) -> dict[str, Any]:
-        """What a checkpoint of this run is made with: see `run/changes.py`."""
-        arguments, laid = self._settings, self._packing
-        knobs = arguments.to_sanitized_dict()
-        with checkpoint.random_state_kept():
-            rows = circumstances.of_rows(self.train_dataset)
-        facts = {
-            "data": rows,
-            "base": identity.identity(self.model),
-            "adapter": adapters.scaling_of(self.model),
-            "template": {"chat": self.contract.get("chat_template")},
-            "step": {"examples": arguments.effective_batch_size},
-            "optimizer": moments.told(self.optimizer),
-            "laid_out": {
-                "layout": laid.layout, "tokens": laid.budget, "rows": arguments.train_batch_size
-            },
-            "machine": circumstances.of_machine(self._device),
-            "versions": circumstances.of_versions(),
-        }  # fmt: skip
-        return {
-            **self.panels,
-            **{name: knobs[name] for name in arguments.knobs},
-            **circumstances.flat(facts),
-        }
-
-    def _resume(self, run: Session, kept: Kept) -> list[str]:
-        """Take up the run that a checkpoint kept; what is to be said of it.
-
-        Raises:
-            ConfigError: what has changed since makes that impossible, or another run.
-        """
-        said = changes.said(kept.state.made_with, run.made_with, accepted=run.arguments.accept)
-        run.resume(kept, self.model)
-        lost = self._callbacks.resume(kept.folder / "trainer_state.json")
-        self._initial_num_input_tokens_seen = self.state.num_input_tokens_seen
-        if kept.folder.parent.resolve() == Path(run.arguments.output_dir).resolve():
-            self._rotate(run, kept.folder)  # a kill may have come before
-        return [f"resuming {kept.folder} at step {run.position.step}", *said, *lost]
-
     def _run_training_step(self, batch: MicroBatch, whole: Whole) -> Tensor:
         """An overridden `training_step` in the engine's place."""
         self.current_gradient_accumulation_steps = whole.batches
@@ -405,53 +410,6 @@ class Trainer(Hooks):
         counted = (count if self._counts() else None,)
         given = counted if parts.takes_third(self.training_step) else ()
         return self.training_step(self.model, batch.inputs, *given).detach()
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
-        # By the name and parameters that subclasses know, who save more beside it.
-        if self._running is None:
-            raise ConfigError(
-                "Trainer._save_checkpoint: no training is going on, so there is no step to keep.",
-                fix="Call trainer.save_model(folder), or save from a callback while it trains.",
-            )
-        self._keep(self._running, whole=not self._running.arguments.save_only_model)
-
-    def _keep(self, run: Session, *, whole: bool) -> None:
-        self._check_finite()
-        folder = Path(self._get_output_dir(None)) / f"checkpoint-{run.position.step}"
-        if self.state.best_global_step == run.position.step:
-            self.state.best_model_checkpoint = str(folder)
-
-        def write_files(partial: Path) -> None:
-            self.save_model(str(partial), _internal_call=True)
-            if self._overrides().any_of("save_model", "_save"):
-                # resuming needs ours, whatever that wrote
-                adapters.save_adapter(self.model, partial)
-            self._callbacks.keep_state(partial / "trainer_state.json")
-
-        with self._saying_what_is_whole(run):
-            store.check_space(folder.parent, run.checkpoint_bytes)
-            size = run.save(folder, write_files, whole=whole)
-        self.observers.tell(Saved(str(folder), run.position.step, size))
-        self._rotate(run, folder)
-
-    def _rotate(self, run: Session, last: Path) -> None:
-        if run.arguments.save_total_limit:
-            best = self.state.best_model_checkpoint
-            kept = {Path(best)} if best else set[Path]()
-            store.rotate(last, keep=run.arguments.save_total_limit, protected=kept)
-
-    @contextmanager
-    def _saying_what_is_whole(self, run: Session) -> Generator[None]:
-        """A save that the system refuses ends the run: it could not be resumed from here."""
-        try:
-            yield
-        except OutputError as error:
-            raise OutputError(
-                error.what,
-                why=f"Training stopped at step {run.position.step} of {run.plan.steps}; "
-                f"{run.saved_in or 'No checkpoint'} is whole and the last. {error.why}",
-                fix=(*error.fix.splitlines(), f"Then resume: {self.resume_command}"),
-            ) from error
 
     @contextmanager
     def _telling_of_bad_numbers(self, run: Session) -> Generator[None]:
@@ -488,13 +446,12 @@ class Trainer(Hooks):
     def _finish(self, run: Session) -> TrainOutput:
         metrics = {**run.metrics(), "total_flos": self.state.total_flos}
         self.log(metrics)
-        restored = ""
-        if run.arguments.load_best_model_at_end and self.state.best_model_checkpoint:
-            restored = str(self.state.best_model_checkpoint)
-            adapters.restore(self.model, Path(restored))
+        best = self._best(run)
+        if best:
+            adapters.restore(self.model, best)
         self._check_finite()
         self._callbacks.fire("on_train_end")
         stopped = run.position.step < run.plan.steps
         reason = "stopped" if stopped else "finished"
-        self.observers.tell(run.ended_event(reason, restored=restored))
+        self.observers.tell(run.ended_event(reason, restored=str(best or "")))
         return TrainOutput(run.position.step, run.progress.mean_loss, metrics)

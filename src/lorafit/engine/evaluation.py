@@ -225,7 +225,9 @@ class Readings:
         )
 
 
-def plan_readings(*, steps: int, steps_per_epoch: int, examples: int, held_out: int) -> Readings:
+def plan_readings(
+    *, steps: int, steps_per_epoch: int, examples: int, held_out: int, often: bool = False
+) -> Readings:
     """Before training, at each epoch's end but at most every 5% of the run, and at the end.
 
     Their cost is held within `SHARE` of the run's by reading fewer examples, always the same ones;
@@ -238,15 +240,19 @@ def plan_readings(*, steps: int, steps_per_epoch: int, examples: int, held_out: 
         steps_per_epoch: Optimiser steps of an epoch.
         examples: Training examples the run processes, epochs counted.
         held_out: Examples in the evaluation set.
+        often: Every 5% of the run, whatever its epochs, and on 16 examples at least.
     """
     spacing = max(1, -(-steps // 20))
+    between = spacing if often else steps_per_epoch
     inner: list[int] = []
-    for step in range(steps_per_epoch, steps, steps_per_epoch):
+    for step in range(between, steps, between):
         if step - (inner[-1] if inner else 0) >= spacing and steps - step >= spacing:
             inner.append(step)
     affordable = int(examples * SHARE / FORWARD)
     for chosen in ({0, *inner, steps}, {0, steps}):
         size = min(held_out, affordable // len(chosen))
+        if often:
+            size = max(size, min(16, held_out))
         if size >= min(16, held_out):
             return Readings(frozenset(chosen), size)
     return Readings(frozenset({0, steps}), min(held_out, 8))

@@ -18,7 +18,7 @@ HARMLESS: Final = (
     "save_total_limit", "save_only_model", "dataloader_num_workers", "dataloader_prefetch_factor",
     "dataloader_persistent_workers", "dataloader_pin_memory", "torch_empty_cache_steps",
     "prediction_loss_only", "batch_eval_metrics", "eval_do_concat_batches", "include_for_metrics",
-    "eval_accumulation_steps", "memory_limit", "do_train", "do_eval", "do_predict",
+    "eval_accumulation_steps", "memory_limit", "show_samples", "do_train", "do_eval", "do_predict",
 )  # fmt: skip
 """Knobs that no number of the run depends on."""
 
@@ -37,6 +37,7 @@ CHANGES: Final = (
     "dataloader_drop_last", "remove_unused_columns", "label_names", "supervise", "eval_data",
     "eval_split", "max_eval_rows", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    "stop_when_memorising", "memorising_patience",
 )  # fmt: skip
 """Knobs that make it another run: it learns otherwise, or another adapter is the best."""
 

@@ -30,6 +30,7 @@ from lorafit.events import (
     OutOfMemory,
     RunEnded,
     RunStarted,
+    Sampled,
     Saved,
     StepEnd,
     StepSkipped,
@@ -37,6 +38,8 @@ from lorafit.events import (
 from lorafit.run.practice import Practice
 
 _BLOCKS, _WIDE = "▁▂▃▄▅▆▇█", 16
+_ASKED, _ANSWERED = 60, 240
+"""Characters of a prompt's end, and of an answer's beginning: report.html has both in full."""
 
 
 @contextmanager
@@ -249,6 +252,9 @@ def line(event: Event) -> str:
                 f"{event.loss:.4f} nats per token, {event.examples:,} examples, "
                 f"{event.seconds:.1f} s"
             )
+        case Sampled():
+            asked, answer = (" ".join(text.split()) for text in (event.prompt, event.answer))
+            return f"step {event.step:>6}  > {asked[-_ASKED:]} -> {answer[:_ANSWERED]}"
         case Saved():
             return f"saved {event.path} ({event.bytes / 1e6:.1f} MB)"
         case RunEnded():

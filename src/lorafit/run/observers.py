@@ -36,12 +36,15 @@ class Observers(list[Observer]):
             observer(event)
 
     @contextmanager
-    def writing(self, journal: Journal) -> Generator[None]:
-        """`journal` is the last of them inside; it is closed afterwards."""
+    def writing(self, journal: Journal, *followers: Observer) -> Generator[None]:
+        """`journal` is the last of them inside, read by `followers`; closed afterwards."""
         self.append(journal)
+        self.followers += followers
         try:
             yield
         finally:
+            for follower in followers:
+                self.followers.remove(follower)
             self.remove(journal)
             journal.close()
 

@@ -7,7 +7,7 @@ Draws nothing. Knows no torch.
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
@@ -157,6 +157,16 @@ class Record:
         """What to think of it."""
         skipped = len(self.of(StepSkipped))
         return overfit.judge(self.evaluation, self.training, setup=self.setup, skipped=skipped)
+
+    def memorises(self, patience: int) -> bool:
+        """Whether the verdict was memorising at each of the last `patience` readings."""
+        late = self.evaluation.steps[-patience:]
+        return len(late) == patience and all(
+            self._until(step).verdict.kind == "memorising" for step in late
+        )
+
+    def _until(self, step: int) -> "Record":
+        return replace(self, events=tuple(e for e in self.events if not _is_after(e, step)))
 
     @property
     def seconds(self) -> float:

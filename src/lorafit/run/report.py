@@ -10,6 +10,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -211,24 +212,35 @@ def _page(
         (page / "report.js").read_text(encoding="utf-8"),
     ]
     styles = [library / "uPlot.min.css", page / "report.css"]
-    environment = Environment(
+    return (
+        _templates()
+        .get_template(template)
+        .render(
+            **shown,
+            name=name,
+            source=source,
+            figures=drawn,
+            told={"figures": [f.as_told() for f in drawn], "ended": not mark, "mark": mark},
+            style="\n".join(style.read_text(encoding="utf-8") for style in styles),
+            scripts=scripts,
+            policy=[_hash(script) for script in scripts],
+            plotting=PLOTTING,
+        )
+    )
+
+
+@cache
+def _templates() -> Environment:
+    """Those of the package, each compiled once."""
+    page = files("lorafit.run") / "page"
+    made = Environment(
         loader=FunctionLoader(lambda part: (page / part).read_text(encoding="utf-8")),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters["capitalised"] = _capitalised
-    return environment.get_template(template).render(
-        **shown,
-        name=name,
-        source=source,
-        figures=drawn,
-        told={"figures": [f.as_told() for f in drawn], "ended": not mark, "mark": mark},
-        style="\n".join(style.read_text(encoding="utf-8") for style in styles),
-        scripts=scripts,
-        policy=[_hash(script) for script in scripts],
-        plotting=PLOTTING,
-    )
+    made.filters["capitalised"] = _capitalised
+    return made
 
 
 def _capitalised(text: str) -> str:
