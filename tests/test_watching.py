@@ -14,7 +14,7 @@ from lorafit.data.collate import PadCollator
 from lorafit.deploy import samples
 from lorafit.deploy.generate import go_on
 from lorafit.errors import ConfigError
-from lorafit.events import Evaluated, Notice, RunEnded, Sampled
+from lorafit.events import Evaluated, MemoryPeak, Notice, RunEnded, Sampled
 from lorafit.model import adapters
 from lorafit.run import record
 from tests.test_trainer_stops import Send
@@ -216,3 +216,14 @@ def test_the_same_flag_is_unknown_to_transformers() -> None:
     """A knob of ours must not hide one of theirs."""
     theirs = {field.name for field in transformers.TrainingArguments.__dataclass_fields__.values()}
     assert not theirs & {"stop_when_memorising", "memorising_patience", "show_samples"}
+
+
+def test_memory_is_held_against_its_plan(tmp_path: Path) -> None:
+    trainer = lorafit.Trainer(
+        model=llama(), args=arguments(tmp_path, layout="packed"), data_collator=PadCollator(0),
+        train_dataset=plain(12),
+    )  # fmt: skip
+    with events_of(trainer) as told:
+        trainer.train()
+    peaks = [event for event in told if isinstance(event, MemoryPeak)]
+    assert {event.planned_bytes for event in peaks} == {trainer._packing.planned} != {0}

@@ -84,7 +84,7 @@ class Session:
     state at the beginning of a step that has not finished, None between steps; `epoch_began` that
     at the beginning of the epoch; `saved_in` is the whole checkpoint that was saved at step
     `saved_at`, None before the first. `made_with`: see `RunState`. `say` tells a person a line. So
-    many `samples` are shown at each reading."""
+    many `samples` are shown at each reading; `planned` bytes, 0: unknown."""
 
     arguments: TrainingArguments
     plan: Plan
@@ -114,6 +114,7 @@ class Session:
     saved_bytes: int = 0
     read_at: set[int] = field(default_factory=set)
     samples: int = 0
+    planned: int = 0
     cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:
@@ -218,7 +219,7 @@ class Session:
         """The most memory held so far, for observers."""
         device = self.engine.precision.device
         held = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else limits.peak()
-        return MemoryPeak(self.position.step, held)
+        return MemoryPeak(self.position.step, held, self.planned)
 
     def save_is_asked(self) -> bool:
         """Whether a signal wants a checkpoint that is not there yet; answers it."""

@@ -392,6 +392,7 @@ class Trainer(Keeping):
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
             readings=readings,
             samples=arguments.show_samples,
+            planned=self._packing.planned,
         )
         run.notices = (
             *arguments.notices,

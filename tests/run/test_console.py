@@ -9,9 +9,11 @@ from lorafit.events import (
     Evaluated,
     Event,
     Logged,
+    MemoryPeak,
     Notice,
     RunEnded,
     RunStarted,
+    Sampled,
     Saved,
     StepEnd,
     StepSkipped,
@@ -49,6 +51,10 @@ def test_the_effective_batch_comes_first() -> None:
         (StepSkipped(6, 2.5, float("inf"), (4,), overflow=True), ["NOT APPLIED", "halves its"]),
         (Evaluated("eval", 6, 0.5, 1.5, 9, 1000, 2.0, "asked"), ["eval loss 1.5000", "1,000"]),
         (Saved("out/x", 6, 2_500_000), ["saved out/x (2.5 MB)"]),
+        (
+            Sampled(6, "system\n\nHow many?\n", "Two.\x1b[2J\nOr three."),
+            ["step      6  > system How many? -> Two.\\x1b[2J Or three."],
+        ),
         (ENDED, ["finished after 75 steps", "best adapter restored: out/checkpoint-9"]),
     ],
 )
@@ -63,6 +69,9 @@ def test_a_step_is_drawn_not_printed() -> None:
     assert "6/75" not in shown(STARTED, STEP, ENDED, terminal=True)
     live = shown(STARTED, STEP, ENDED, live=True, terminal=True)
     assert "6/75" in live and "loss 1.2500 (mean 1.2500)" in live and "200 tokens/s" in live
+    peak = MemoryPeak(5, 1_500_000_000, 2_000_000_000)
+    live = shown(STARTED, peak, STEP, ENDED, live=True, terminal=True)
+    assert "tokens/s · 1.50 GB of 2.00 GB" in live
 
 
 @pytest.mark.parametrize(

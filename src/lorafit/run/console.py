@@ -19,6 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from lorafit.amounts import shown as bytes_shown
 from lorafit.data.audit import Audit
 from lorafit.errors import shown
 from lorafit.events import (
@@ -26,6 +27,7 @@ from lorafit.events import (
     Evaluated,
     Event,
     Logged,
+    MemoryPeak,
     Notice,
     OutOfMemory,
     RunEnded,
@@ -132,12 +134,13 @@ def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
 class Shown:
     """What the bar says besides the step. Mutable: the `smooth` loss, corrected at its start as
     Adam's moments are, over some twenty steps; its `curve`, a value for each step, thinned to half
-    where it grows too long; the last `evaluation` loss."""
+    where it grows too long; the last `evaluation` loss; the peak of `memory` and its plan."""
 
     smooth: float = 0.0
     weight: float = 0.0
     curve: list[float] = field(default_factory=list[float])
     evaluation: float | None = None
+    memory: str = ""
 
     def after(self, event: StepEnd) -> str:
         """The text after a step: losses, learning rate, gradient norm, speed, and the curve."""
@@ -152,7 +155,7 @@ class Shown:
         return (
             f"{sparkline(self.curve)} loss {event.loss:.4f}{mean}{read} · "
             f"lr {event.learning_rate:.1e} · norm {event.gradient_norm:.2g} · "
-            f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s"
+            f"{event.tokens / max(event.seconds, 1e-9):,.0f} tokens/s{self.memory}"
         )
 
 
@@ -196,6 +199,9 @@ class Console:
             self._bar.stop()
         if isinstance(event, Evaluated) and event.name != PROBE:
             self._shown.evaluation = event.loss
+        if isinstance(event, MemoryPeak):
+            of = f" of {bytes_shown(event.planned_bytes)}" if event.planned_bytes else ""
+            self._shown.memory = f" · {bytes_shown(event.bytes)}{of}"
         text = line(event)
         if text:
             self._terminal.print(shown(text), markup=False)
