@@ -122,6 +122,11 @@ def test_without_evaluation_it_is_refused(tmp_path: Path) -> None:
             memorising(tmp_path, **given).train()
 
 
+def test_a_run_that_is_to_stop_can_be_practised(tmp_path: Path) -> None:
+    found = memorising(tmp_path, learning_rate=2e-2).practice().findings
+    assert [each.title for each in found if each.mark == "stop"] == ["stopping"], "no stop token"
+
+
 def test_on_the_command_line_it_evaluates_often_enough_to_see_it() -> None:
     made = lorafit.TrainingArguments.recipe(stop_when_memorising=True)
     assert (made.eval_strategy, made.eval_steps) == ("steps", 0.05)

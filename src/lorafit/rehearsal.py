@@ -185,6 +185,7 @@ class _Rehearsal:
             output_dir=str(self.folder / name), max_steps=steps, save_strategy="steps",
             save_steps=max(1, steps - 2), save_total_limit=None, save_only_model=False,
             eval_strategy="no", eval_on_start=False, load_best_model_at_end=False,
+            stop_when_memorising=False, show_samples=0,
             metric_for_best_model=None, logging_strategy="steps", logging_steps=1,
             report_to=[], disable_tqdm=True, resume_from_checkpoint=None,
             per_device_eval_batch_size=1,
