@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from contextlib import suppress
 from dataclasses import MISSING, asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -148,17 +149,24 @@ def read_events(path: Path) -> tuple[list[Event], list[str]]:
 def _made(kind: Any, told: dict[str, Any]) -> Event:
     """The event of this kind. Raises KeyError for a field that is not there, ValueError or
     TypeError for one of another kind."""
-    known = {field.name: field for field in fields(kind)}
     given = {
-        name: _of_kind(told[name], field.type)
-        for name, field in known.items()
-        if name in told or field.default is MISSING
+        name: _of_kind(told[name], wanted)
+        for name, wanted, needed in _fields(kind)
+        if needed or name in told
     }
     return kind(**given)
 
 
+@cache
+def _fields(kind: Any) -> list[tuple[str, Any, bool]]:
+    """Of a kind of event: name and annotation of each field, and whether it has no default."""
+    return [(field.name, field.type, field.default is MISSING) for field in fields(kind)]
+
+
 def _of_kind(value: Any, kind: Any) -> Any:
     """`value` as the annotation `kind` of an event's field says."""
+    if type(value) is kind:  # of nearly all values, and there are millions
+        return value
     inner = get_args(kind)
     if get_origin(kind) is tuple:
         if not isinstance(value, list):
