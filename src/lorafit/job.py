@@ -54,12 +54,17 @@ class Job:
             self.trainer.save_model(str(folder))
         return folder
 
-    def practise(self) -> Practice:
+    def practise(self, *, find_lr: bool = False) -> Practice:
         """Try it all on a few hundred rows; interrupted in another process, and loaded again over
-        a second copy of the base where memory allows."""
+        a second copy of the base where memory allows.
+
+        Args:
+            find_lr: Whether the learning rate's range test is made too.
+        """
         self.trainer.observers.say(*self.notes)
         found = tuple(Finding("data", "note", harm) for harm in self.audited.harms)
-        return self.trainer.practice(Helpers(self._killed, self._reloaded, found))
+        helpers = Helpers(self._killed, self._reloaded, found)
+        return self.trainer.practice(helpers, find_lr=find_lr)
 
     def _killed(self, checkpoint: Path, folder: Path, *, steps: int) -> bool:
         """Let a process go on from `checkpoint` in `folder`, and kill it once it has saved."""
