@@ -11,13 +11,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from lorafit import cli
+from lorafit import cli, job
 from lorafit.run import store
 
 
@@ -68,6 +70,24 @@ def test_train_then_generate(tiny_llama: Path, rows: Path, tmp_path: Path) -> No
     )
     assert answered.exit_code == 0, answered.output
     assert "base:" in answered.output and "tuned:" in answered.output
+
+
+@pytest.mark.parametrize("go", [True, False])
+def test_practice_tells_by_its_exit_code(
+    go: bool, tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does is tests/test_practice.py's; here the flags, and that --promote trains."""
+    asked: list[bool] = []
+
+    def practise(_: job.Job, *, find_lr: bool = False) -> Any:
+        asked.append(find_lr)
+        return SimpleNamespace(go=go)
+
+    monkeypatch.setattr(job.Job, "practise", practise)
+    where = ("--model", tiny_llama, "--data", rows, "--output-dir", tmp_path / "run")
+    done = invoke("practice", *where, "--promote", "--find-lr", *QUICK)
+    assert done.exit_code == (0 if go else 1), done.output
+    assert asked == [True] and (tmp_path / "run" / "adapter_model.safetensors").exists() == go
 
 
 def test_flags_win_over_the_file(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:

@@ -12,14 +12,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorafit
-from lorafit import ranging, rehearsal
+from lorafit import config, job, packing, ranging, rehearsal
 from lorafit.data import loader
 from lorafit.data.collate import PadCollator
 from lorafit.engine import probe
 from lorafit.engine.step import Engine
 from lorafit.errors import ConfigError
 from lorafit.events import StepEnd
+from lorafit.model import base
+from lorafit.rehearsal import Helpers
 from lorafit.run import practice, rates
+from lorafit.run.gap import Gap, loss_gap
 from lorafit.run.practice import Finding, Practice, change, forecast
 from lorafit.run.report import render_practice
 from tests.tiny import adapter, arguments, events_of, llama, plain, same
@@ -281,6 +284,67 @@ def test_the_rate_that_is_set_stands_beside_the_suggestion() -> None:
     assert far.mark == "note" and far.advice.endswith("--learning-rate 3.0e-04")
     silent = practice.rates(replace(curve, rate=None, said="cannot say: noise"))
     assert silent.said == "The run is set to 2.0e-04; the range test cannot say: noise."
+
+
+# ---- what quantising costs
+
+
+def quantised_job(base: Path, folder: Path) -> job.Job:
+    """A run over a base in four bits, as the command line prepares it."""
+    pytest.importorskip("bitsandbytes")
+    file = folder / "rows.jsonl"
+    told = ({"question": f"Who is {n}?", "answer": f"A cat, {n}."} for n in range(48))
+    file.write_text("\n".join(map(json.dumps, told)))
+    return job.prepare(
+        config.load(None, {
+            "model": str(base), "data": str(file), "output_dir": str(folder / "run"),
+            "quantize": "nf4", "lora_r": 2, "max_steps": 4, "per_device_train_batch_size": 1,
+            "use_cpu": True,
+        })
+    )  # fmt: skip
+
+
+def test_a_quantised_base_is_held_against_the_base_in_full(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = quantised_job(tiny_llama, tmp_path)
+    trainer = prepared.trainer
+    before = adapter(trainer)
+    helpers = Helpers(gap=prepared._gap)
+    told = finding(trainer.practice(helpers), "quantising")
+    held_out, _ = rehearsal._held_out(trainer)
+    batches = [PadCollator(0)([row]) for row in held_out][: rehearsal.LEAST_HELD_OUT]
+    gap = loss_gap(trainer.model, batches, precision=trainer._precision, free=10**9)
+    assert isinstance(gap, Gap) and told.said == f"nf4: {gap}."
+    assert abs(gap.nats) > 1e-3 and told.mark == ("good" if gap.nats <= 0.1 else "note")
+    assert same(before, adapter(trainer))
+    assert "quantising" not in marks(trainer.practice()), "nobody has handed it over"
+
+    monkeypatch.setattr(packing, "free_bytes", lambda _: 3_000)
+    told = finding(trainer.practice(helpers), "quantising")
+    assert told.mark == "note" and told.said == (
+        "What nf4 costs was not measured: the base in full takes 1.04 MB, and 2.00 kB are free."
+    )
+
+
+def test_a_second_copy_that_does_not_fit_ends_in_words(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    prepared = quantised_job(tiny_llama, tmp_path)
+    monkeypatch.setattr(base, "load_model", refuse)
+    cost = prepared._gap([], prepared.trainer._precision)
+    assert cost == (None, "CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+
+def test_what_quantising_costs_is_remarked_on_where_it_is_much() -> None:
+    little = practice.quantising("nf4", 0.02, "it costs +0.0200")
+    assert (little.mark, little.said, little.advice) == ("good", "nf4: it costs +0.0200.", "")
+    much = practice.quantising("nf4", 0.12, "it costs +0.1200")
+    assert much.mark == "note" and "--quantize int8 loses less" in much.advice
+    assert "int8" not in practice.quantising("int8", 0.12, "it costs").advice
 
 
 # ---- judgement

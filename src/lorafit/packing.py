@@ -296,6 +296,15 @@ def resident_limit(arguments: TrainingArguments) -> int:
     return _limit(arguments)[0].bytes if arguments.device.type == "cpu" else 0
 
 
+def free_bytes(arguments: TrainingArguments) -> int:
+    """Bytes that may be held besides, where weights are loaded and where the run trains."""
+    wanted = arguments.memory_limit if arguments.device.type == "cpu" else None
+    here = limits.here("cpu", wanted).bytes - limits.resident()
+    if arguments.device.type != "cuda":
+        return here
+    return min(here, torch.cuda.mem_get_info(arguments.device)[0])
+
+
 def _limit(arguments: TrainingArguments) -> tuple[Limit, int]:
     """The most that this process may hold where it trains, and what it holds."""
     device, wanted = arguments.device, arguments.memory_limit

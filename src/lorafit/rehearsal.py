@@ -34,10 +34,11 @@ from lorafit.deploy.generate import GREEDY, go_on
 from lorafit.engine import limits, probe, room
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole
+from lorafit.engine.precision import Precision
 from lorafit.errors import ConfigError, ModelError, NonFiniteError, OutOfMemoryError
 from lorafit.events import Event, Saved, StepEnd
 from lorafit.hooks import Hooks
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, quantised
 from lorafit.model.lora import counting_dropout
 from lorafit.run import practice, store
 from lorafit.run.callbacks import Callbacks
@@ -72,11 +73,14 @@ class Helpers:
     Attributes:
         killed: Trains on in another process.
         reloaded: (folder of an adapter, ids [T]) -> the logits that it gives over a fresh base.
+        gap: (batches as the collator made them, how they are run) -> nats per token that it costs
+            to quantise the base, None where that was not measured; and a line about it.
         data: What was found in the data before.
     """
 
     killed: Killed | None = None
     reloaded: Callable[[Path, Tensor], Tensor | None] | None = None
+    gap: Callable[[Sequence[Any], Precision], tuple[float | None, str]] | None = None
     data: tuple[Finding, ...] = ()
 
 
@@ -158,6 +162,7 @@ class _Rehearsal:
         if not self._check_longest():
             return self._made(step, [], reading=before)
         self.rates = self._find_rate(seconds) if find_lr else None
+        self._check_quantising()
         first = self.copy("first", steps=steps)
         fresh, told = _clones(adapters.adapter_state(self.model)), self.events
         self._check_labels(step)
@@ -268,6 +273,18 @@ class _Rehearsal:
         found = practice.learning(measured, curve)
         seen = "" if self.unseen else " (rows that it trains on: there is no evaluation set)"
         self.findings.append(Finding(found.title, found.mark, found.said + seen, found.advice))
+
+    def _check_quantising(self) -> None:
+        """What it costs, on a few of the held-out rows: nothing has been trained yet."""
+        kind = quantised.scheme(base.unwrap(self.model))
+        if kind == "none" or not self.helpers.gap:
+            return
+        self.say(f"the base without {kind}")
+        reader = self.copy("first", steps=LEAST_STEPS)
+        chosen = Subset(self.held_out, range(min(LEAST_HELD_OUT, len(self.held_out))))
+        batches = list(reader.get_test_dataloader(chosen))
+        cost = self.helpers.gap(batches, self.trainer._precision)
+        self.findings.append(practice.quantising(kind, *cost))
 
     def _check_longest(self) -> bool:
         """Forward and backward of the largest micro-batch that the full run can meet; whether it

@@ -101,7 +101,7 @@ def test_why_it_was_not_measured(tiny_llama: Path, tmp_path: Path) -> None:
     assert "not quantised" in str(loss_gap(adapted(tiny_llama), [], **told))
     model = adapted(tiny_llama, "nf4")
     tight = loss_gap(model, [], precision=FULL, free=1000)
-    assert tight == "the base in full takes 1,040,128 bytes, and 1,000 are free: not measured"
+    assert tight == "the base in full takes 1.04 MB, and 1.00 kB are free"
     base.unwrap(model).save_pretrained(tmp_path)
     base.unwrap(model).name_or_path = str(tmp_path / "gone")
     assert "cannot be loaded" in str(loss_gap(model, [], **told))

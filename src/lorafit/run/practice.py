@@ -320,6 +320,27 @@ _SHOWN = 120
 """Characters of an answer."""
 
 
+COSTLY = 0.1
+"""Nats per token that quantising may cost before it is remarked on: a perplexity a tenth higher."""
+
+
+def quantising(kind: str, nats: float | None, said: str) -> Finding:
+    """What it costs that the base is quantised.
+
+    Args:
+        kind: nf4 or int8.
+        nats: Per token; None: not measured.
+        said: A line about it.
+    """
+    if nats is None:
+        return Finding("quantising", "note", f"What {kind} costs was not measured: {said}.")
+    if nats <= COSTLY:
+        return Finding("quantising", "good", f"{kind}: {said}.")
+    less = "" if kind == "int8" else "--quantize int8 loses less; "
+    advice = f"Training makes up for some of it. {less}without --quantize nothing is lost."
+    return Finding("quantising", "note", f"{kind}: {said}.", advice)
+
+
 RATES = "learning rate"
 """The title of what its range test found."""
 NEAR = 3.0
