@@ -340,11 +340,11 @@ def test_a_second_copy_that_does_not_fit_ends_in_words(
 
 
 def test_what_quantising_costs_is_remarked_on_where_it_is_much() -> None:
-    little = practice.quantising("nf4", 0.02, "it costs +0.0200")
+    little = practice.quantising("nf4", 0.02, said="it costs +0.0200")
     assert (little.mark, little.said, little.advice) == ("good", "nf4: it costs +0.0200.", "")
-    much = practice.quantising("nf4", 0.12, "it costs +0.1200")
+    much = practice.quantising("nf4", 0.12, said="it costs +0.1200")
     assert much.mark == "note" and "--quantize int8 loses less" in much.advice
-    assert "int8" not in practice.quantising("int8", 0.12, "it costs").advice
+    assert "int8" not in practice.quantising("int8", 0.12, said="it costs").advice
 
 
 # ---- judgement

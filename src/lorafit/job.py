@@ -145,6 +145,7 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
     data, tokenizer = review.make_sets(settings, given)
     _check_evaluation(data, settings)
     report = review.audited(data, tokenizer, settings=settings)
+    packing.check_fits(settings, data.train)
     model = base.load_model(settings.model, place)
     # the adapter's first weights are drawn here, before the trainer seeds its own run
     compat.set_seed(settings.training.seed, deterministic=settings.training.full_determinism)

@@ -283,8 +283,8 @@ class _Rehearsal:
         reader = self.copy("first", steps=LEAST_STEPS)
         chosen = Subset(self.held_out, range(min(LEAST_HELD_OUT, len(self.held_out))))
         batches = list(reader.get_test_dataloader(chosen))
-        cost = self.helpers.gap(batches, self.trainer._precision)
-        self.findings.append(practice.quantising(kind, *cost))
+        nats, said = self.helpers.gap(batches, self.trainer._precision)
+        self.findings.append(practice.quantising(kind, nats, said=said))
 
     def _check_longest(self) -> bool:
         """Forward and backward of the largest micro-batch that the full run can meet; whether it

@@ -324,7 +324,7 @@ COSTLY = 0.1
 """Nats per token that quantising may cost before it is remarked on: a perplexity a tenth higher."""
 
 
-def quantising(kind: str, nats: float | None, said: str) -> Finding:
+def quantising(kind: str, nats: float | None, *, said: str) -> Finding:
     """What it costs that the base is quantised.
 
     Args:
