@@ -25,7 +25,7 @@ PACKAGE = ROOT / "src" / "lorafit"
 # docs/decisions/0009-proof-and-watch.md
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_400, 24_800
 ROOM_CODE = {  # "" is the files at the top, together
-    "": 4_540,
+    "": 4_550,
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
     "model": 2_275,
     "kernels": 1_200,
