@@ -235,16 +235,22 @@ def test_trying_rates_leaves_no_trace(tmp_path: Path) -> None:
 
 
 def test_an_optimiser_of_ones_own_is_as_it_was(tmp_path: Path) -> None:
-    model = llama()
-    own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
-    trainer = lorafit.Trainer(
-        model=model, args=arguments(tmp_path, max_steps=4), data_collator=PadCollator(0),
-        train_dataset=answered(24), optimizers=(own, None),
-    )  # fmt: skip
-    curve = trainer.practice(find_lr=True).rates
-    assert curve is not None and len(curve.rates) > 40
-    assert own.param_groups[0]["lr"] == 3e-3
-    assert not any(float(s["step"]) or float(s["exp_avg"].abs().sum()) for s in own.state.values())
+    """Afterwards, and before the steps that are practised."""
+    curves: list[tuple[float, ...]] = []
+    for tries in (False, True):
+        model = llama()
+        own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        trainer = lorafit.Trainer(
+            model=model, args=arguments(tmp_path, max_steps=4), data_collator=PadCollator(0),
+            train_dataset=answered(24), optimizers=(own, None),
+        )  # fmt: skip
+        found = trainer.practice(find_lr=tries)
+        curves.append(found.curve)
+        assert not found.rates or len(found.rates.rates) > 40
+        assert own.param_groups[0]["lr"] == 3e-3
+        states = own.state.values()
+        assert not any(float(s["step"]) or float(s["exp_avg"].abs().sum()) for s in states)
+    assert curves[0] == curves[1] and len(curves[0]) == 4
 
 
 def test_a_range_test_keeps_to_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
