@@ -37,7 +37,7 @@ from lorafit.events import (
     StepEnd,
     StepSkipped,
 )
-from lorafit.run.practice import Practice
+from lorafit.run.practice import RATES, Practice
 
 _BLOCKS, _WIDE = "▁▂▃▄▅▆▇█", 16
 _ASKED, _ANSWERED = 60, 240
@@ -113,6 +113,8 @@ def show_practice(found: Practice, terminal: Terminal | None = None) -> None:
         terminal.print(shown(finding.said), markup=False)
         if finding.advice:
             terminal.print(f"      {shown(finding.advice)}", markup=False)
+        if finding.title == RATES and found.rates:
+            terminal.print("\n".join(f"      {row}" for row in found.rates.table()), markup=False)
     terminal.print(
         f"full run: {found.time}, {found.disk / 1e6:,.0f} MB on the disk at most", markup=False
     )
