@@ -30,7 +30,7 @@ ROOM_CODE = {  # "" is the files at the top, together
     "model": 2_275,
     "kernels": 1_200,
     "engine": 1_850,
-    "run": 3_370,
+    "run": 3_460,
     "deploy": 600,
     "assets": 250,
 }

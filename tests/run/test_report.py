@@ -109,6 +109,18 @@ def test_the_verdict_comes_first_and_all_is_there(tmp_path: Path) -> None:
     assert ("html", {"lang": "en"}) in seen.tags
 
 
+def test_many_answers_are_folded(tmp_path: Path) -> None:
+    def asked(steps: range) -> Seen:
+        folder = tmp_path / str(len(steps))
+        return Seen(page(write(folder, [Sampled(n, "why?", f"as {n}") for n in steps])))
+
+    few, many = asked(range(3)), asked(range(1, 6))
+    assert [few.text.count(f"as {n}") for n in range(3)] == [1, 1, 1]
+    assert "All 5 answers" in many.text and "answers" not in few.text.split("as 2")[1]
+    # the first and the last stand outside as well
+    assert [many.text.count(f"as {n}") for n in range(1, 6)] == [2, 1, 1, 1, 2]
+
+
 def test_nothing_of_the_data_becomes_markup(tmp_path: Path) -> None:
     text = page(write(tmp_path / "a<b>", events()))
     seen = Seen(text)

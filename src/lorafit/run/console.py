@@ -1,4 +1,5 @@
-"""What a person sees while a run goes: a live bar in a terminal, plain lines elsewhere.
+"""What a person sees while a run goes: a live bar in a terminal, a table that grows in a notebook
+(`notebook.py`), plain lines elsewhere.
 
 Observes events and nothing else; the only place in `run` that writes to the terminal.
 """
@@ -37,6 +38,7 @@ from lorafit.events import (
     StepEnd,
     StepSkipped,
 )
+from lorafit.run.notebook import Cell, output
 from lorafit.run.practice import RATES, Practice
 
 _BLOCKS, _WIDE = "▁▂▃▄▅▆▇█", 16
@@ -101,24 +103,27 @@ _COLOURS = {"good": "green", "note": "yellow", "stop": "bold red"}
 def show_practice(found: Practice, terminal: Terminal | None = None) -> None:
     """The practice run as a page: what was found, the forecast, the verdict."""
     terminal = terminal or Terminal(highlight=False, emoji=False, soft_wrap=True)
-    colour = terminal.color_system is not None
-    terminal.print(f"\nPractice: {'; '.join(found.facts)}", markup=False)
-    if found.pieces:
-        terminal.print("One example; what is learned is marked:", markup=False)
-        terminal.print(marked(found.pieces, colour=colour))
-    for finding in found.findings:
+    # in a notebook one output for all of it; each print, even of half a line, has its own otherwise
+    with terminal:
+        colour = terminal.color_system is not None
+        terminal.print(f"\nPractice: {'; '.join(found.facts)}", markup=False)
+        if found.pieces:
+            terminal.print("One example; what is learned is marked:", markup=False)
+            terminal.print(marked(found.pieces, colour=colour))
+        for finding in found.findings:
+            terminal.print(
+                f"{finding.mark:>4}  {finding.title}: ", style=_COLOURS[finding.mark], end=""
+            )
+            terminal.print(shown(finding.said), markup=False)
+            if finding.advice:
+                terminal.print(f"      {shown(finding.advice)}", markup=False)
+            if finding.title == RATES and found.rates:
+                rows = "\n".join(f"      {row}" for row in found.rates.table())
+                terminal.print(rows, markup=False)
         terminal.print(
-            f"{finding.mark:>4}  {finding.title}: ", style=_COLOURS[finding.mark], end=""
+            f"full run: {found.time}, {found.disk / 1e6:,.0f} MB on the disk at most", markup=False
         )
-        terminal.print(shown(finding.said), markup=False)
-        if finding.advice:
-            terminal.print(f"      {shown(finding.advice)}", markup=False)
-        if finding.title == RATES and found.rates:
-            terminal.print("\n".join(f"      {row}" for row in found.rates.table()), markup=False)
-    terminal.print(
-        f"full run: {found.time}, {found.disk / 1e6:,.0f} MB on the disk at most", markup=False
-    )
-    terminal.print(found.verdict, style="bold green" if found.go else "bold red", markup=False)
+        terminal.print(found.verdict, style="bold green" if found.go else "bold red", markup=False)
 
 
 def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
@@ -136,16 +141,24 @@ def marked(pieces: Sequence[tuple[str, bool]], *, colour: bool) -> Text:
 class Shown:
     """What the bar says besides the step. Mutable: the `smooth` loss, corrected at its start as
     Adam's moments are, over some twenty steps; its `curve`, a value for each step, thinned to half
-    where it grows too long; the last `evaluation` loss; the peak of `memory` and its plan."""
+    where it grows too long; the last `evaluation` loss; the peak of `memory` and its plan; the
+    losses since the last log, `window`."""
 
     smooth: float = 0.0
     weight: float = 0.0
     curve: list[float] = field(default_factory=list[float])
     evaluation: float | None = None
     memory: str = ""
+    window: list[float] = field(default_factory=list[float])
+
+    @property
+    def mean(self) -> float | None:
+        """The mean loss of the steps since the last log; None if there are none."""
+        return math.fsum(self.window) / len(self.window) if self.window else None
 
     def after(self, event: StepEnd) -> str:
         """The text after a step: losses, learning rate, gradient norm, speed, and the curve."""
+        self.window.append(event.loss)
         if math.isfinite(event.loss):
             self.smooth += (event.loss - self.smooth) * 0.05
             self.weight += (1 - self.weight) * 0.05
@@ -175,13 +188,14 @@ class Console:
     """Call it with each event.
 
     Args:
-        live: Draw a bar where the terminal can; lines are printed in any case.
+        live: Draw a bar where the terminal can; lines are printed in any case. In a notebook, a
+            bar and a table stand for the lines of logs and readings.
     """
 
     def __init__(self, *, live: bool, terminal: Terminal | None = None) -> None:
         self._terminal = terminal or Terminal(highlight=False, emoji=False, soft_wrap=True)
-        self._live = live and self._terminal.is_terminal
-        self._bar = Progress(disable=True)
+        self._live = live and (self._terminal.is_terminal or self._terminal.is_jupyter)
+        self._bar: Progress | Cell = Progress(disable=True)
         self._task = self._bar.add_task("")
         self._shown = Shown()
 
@@ -204,11 +218,18 @@ class Console:
         if isinstance(event, MemoryPeak):
             of = f" of {bytes_shown(event.planned_bytes)}" if event.planned_bytes else ""
             self._shown.memory = f" · {bytes_shown(event.bytes)}{of}"
-        text = line(event)
+        in_table = isinstance(self._bar, Cell) and self._bar.takes(event, self._shown.mean)
+        if isinstance(event, Logged):
+            self._shown.window = []
+        text = "" if in_table else line(event)
         if text:
             self._terminal.print(shown(text), markup=False)
 
     def _start_bar(self, event: RunStarted) -> None:
+        self._shown = Shown()
+        if self._live and self._terminal.is_jupyter:
+            self._bar = Cell(event, output())
+            return
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),

@@ -24,6 +24,9 @@
     return String(+v.toPrecision(6));
   });
 
+  // there is no half step
+  const wholes = Array.from({ length: 10 }, (_, n) => [1, 2, 5].map((v) => v * 10 ** n)).flat();
+
   const line = (s) => {
     const colour = css(s.colour);
     const few = s.points || s.values.filter((v) => v !== null).length < 3;
@@ -74,11 +77,11 @@
       width, height, series, bands,
       scales: { x: { time: false, distr: figure.log_axis ? 3 : 1 }, y: { distr: figure.log ? 3 : 1, range: figure.zero ? (_, low, high) => [0, high * 1.05 || 1] : undefined } },
       axes: [
-        { ...axis, values: ticks, space: wide ? 60 : 45, size: 32, ...(figure.tall ? { label: figure.axis, labelSize: 16, labelGap: 0 } : {}) },
+        { ...axis, values: ticks, ...(figure.log_axis ? {} : { incrs: wholes }), space: wide ? 60 : 45, size: 32, ...(figure.tall ? { label: figure.axis, labelSize: 16, labelGap: 0 } : {}) },
         { ...axis, values: ticks, size: 58, label: figure.unit, labelSize: 18, labelGap: 0, space: figure.log ? 20 : 32 },
       ],
       cursor: { drag: { x: true, y: false }, sync: { key: figure.axis }, points: { size: 6 } },
-      legend: { live: true },
+      legend: { live: true, markers: { dash: (u, n) => u.series[n].dash ? "dashed" : "solid" } },
       hooks: { drawClear: [], draw: figure.marks.length ? [marks(figure)] : [] },
     }, data, place);
     if (figure.band) { // the edges are in the band's sentence below, not in the legend
@@ -88,11 +91,12 @@
     return plot;
   };
 
-  const drawAll = (width) => {
+  const drawAll = (paper) => {
     drawn.forEach((plot) => plot.destroy());
     drawn = told.figures.map((figure) => {
       const place = document.getElementById(figure.id);
-      return draw(figure, place, width || place.clientWidth || 320);
+      const width = paper ? (place.closest(".small") ? 310 : 640) : place.clientWidth || 320;
+      return draw(figure, place, width);
     });
   };
   drawAll();
@@ -106,7 +110,7 @@
     wait = setTimeout(() => drawAll(), 150);
   });
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
-  addEventListener("beforeprint", () => { root.classList.add("print"); drawAll(640); });
+  addEventListener("beforeprint", () => { root.classList.add("print"); drawAll(true); });
   addEventListener("afterprint", () => { root.classList.remove("print"); drawAll(); });
 
   // while the run goes: again every few seconds, ever less often where nothing is new
