@@ -6,18 +6,22 @@ run in one.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from lorafit import cli
+from lorafit import cli, config, job, packing
+from lorafit.errors import ConfigError
 from lorafit.run import store
 
 
@@ -68,6 +72,24 @@ def test_train_then_generate(tiny_llama: Path, rows: Path, tmp_path: Path) -> No
     )
     assert answered.exit_code == 0, answered.output
     assert "base:" in answered.output and "tuned:" in answered.output
+
+
+@pytest.mark.parametrize("go", [True, False])
+def test_practice_tells_by_its_exit_code(
+    go: bool, tiny_llama: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it does is tests/test_practice.py's; here the flags, and that --promote trains."""
+    asked: list[bool] = []
+
+    def practise(_: job.Job, *, find_lr: bool = False) -> Any:
+        asked.append(find_lr)
+        return SimpleNamespace(go=go)
+
+    monkeypatch.setattr(job.Job, "practise", practise)
+    where = ("--model", tiny_llama, "--data", rows, "--output-dir", tmp_path / "run")
+    done = invoke("practice", *where, "--promote", "--find-lr", *QUICK)
+    assert done.exit_code == (0 if go else 1), done.output
+    assert asked == [True] and (tmp_path / "run" / "adapter_model.safetensors").exists() == go
 
 
 def test_flags_win_over_the_file(tiny_llama: Path, rows: Path, tmp_path: Path) -> None:
@@ -271,6 +293,52 @@ def test_check_needs_no_torch(tiny_llama: Path, rows: Path, tmp_path: Path) -> N
     )
     assert done.stdout.splitlines()[-2:] == ["Nothing was found that would hurt.", "[]"]
     assert done.returncode == 0 and not done.stderr
+
+
+@pytest.mark.parametrize("verb", ["train", "practice"])
+def test_what_cannot_fit_ends_before_weights_are_read(
+    verb: str, tiny_llama: Path, rows: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_llama, folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)  # the shared one cannot be written to
+    (folder / "model.safetensors").write_bytes(b"\xff" * 1000)
+    words = (verb, "--model", folder, "--data", rows, "--output-dir", tmp_path / "run", "--use-cpu")
+    tight = invoke(*words, "--memory-limit", "50MB", *QUICK)
+    assert tight.exit_code == 2 and "(memory_limit=50MB)" in tight.output, tight.output
+    assert "This run does not fit" in tight.output and "More memory:" in tight.output
+    for more in (
+        ("--memory-limit", "8GB"),
+        ("--memory-limit", "50MB", "--layout", "as_given"),
+        ("--memory-limit", "50MB", "--token-budget", 128, "--recompute", "layer"),
+    ):
+        later = invoke(*words, *more, *QUICK)
+        assert later.exit_code == 2 and "cannot be read" in later.output, later.output
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shape_that_is_not_known_is_refused_by_nobody_too_soon(tmp_path: Path) -> None:
+    told = {"model": str(tmp_path), "data": "-", "memory_limit": "50MB", "use_cpu": True}
+    settings = config.load(None, told)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"num_experts": 4}))
+    packing.check_fits(settings, [])
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with pytest.raises(ConfigError, match="This run does not fit"):
+        packing.check_fits(settings, [{"input_ids": [1, 2]}])
+
+
+def test_a_base_that_lies_quantised_is_planned_so(tmp_path: Path) -> None:
+    """As much as `--quantize` plans of one that does not."""
+
+    def planned(how: dict[str, Any], *more: object) -> dict[str, Any]:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG | how))
+        words = ("--model", tmp_path, "--device", "cpu", "--memory-limit", "8GB", "--json")
+        return json.loads(invoke("plan", *words, *more).output)["plan"]
+
+    four = {"quantization_config": {"load_in_4bit": True, "quant_method": "bitsandbytes"}}
+    eight = {"quantization_config": {"load_in_8bit": True, "quant_method": "bitsandbytes"}}
+    assert planned(four) == planned({}, "--quantize", "nf4") != planned({})
+    assert planned(eight) == planned({}, "--quantize", "int8") != planned(four)
 
 
 CONFIG = {

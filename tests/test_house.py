@@ -25,12 +25,12 @@ PACKAGE = ROOT / "src" / "lorafit"
 # docs/decisions/0009-proof-and-watch.md
 FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_400, 24_800
 ROOM_CODE = {  # "" is the files at the top, together
-    "": 4_560,
+    "": 4_640,
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
     "model": 2_275,
     "kernels": 1_200,
     "engine": 1_850,
-    "run": 3_380,
+    "run": 3_460,
     "deploy": 600,
     "assets": 250,
 }

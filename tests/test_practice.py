@@ -1,6 +1,8 @@
 """A practice run finds what was planted, leaves all as it was, and its numbers are the run's."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,17 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import lorafit
-from lorafit import rehearsal
+from lorafit import config, job, packing, ranging, rehearsal
+from lorafit.data import loader
 from lorafit.data.collate import PadCollator
 from lorafit.engine import probe
+from lorafit.engine.step import Engine
 from lorafit.errors import ConfigError
 from lorafit.events import StepEnd
-from lorafit.run import practice
+from lorafit.model import base
+from lorafit.rehearsal import Helpers
+from lorafit.run import practice, rates
+from lorafit.run.gap import Gap, loss_gap
 from lorafit.run.practice import Finding, Practice, change, forecast
 from lorafit.run.report import render_practice
 from tests.tiny import adapter, arguments, events_of, llama, plain, same
@@ -163,6 +170,187 @@ def test_its_page_holds_nothing_that_could_run(tmp_path: Path) -> None:
     page = render_practice(shown)
     assert trap not in page and "&lt;script&gt;alert" in page
     assert "Do not start the full run yet: stopping." in page
+
+
+# ---- the range test of the learning rate
+
+
+def by_hand(model: Any, rows: Any, *, learning_rates: Sequence[float]) -> list[float]:
+    """The losses of a loop as a textbook has it: steps of four rows, each at its rate."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=0.0)
+    losses: list[float] = []
+    for number, rate in enumerate(learning_rates):
+        epoch, at = divmod(4 * number, len(rows))
+        chosen = loader.order(len(rows), seed=3, epoch=epoch)[at : at + 4]
+        step = [rows[n] for n in chosen]
+        total = sum(sum(label != -100 for label in row["labels"][1:]) for row in step)
+        optimizer.zero_grad()
+        loss = torch.zeros(())
+        for row in step:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(row["labels"][1:])
+            nats = nn.functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+            loss = loss + nats / total
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+@pytest.mark.parametrize("layout", ["packed", "as_given"])
+def test_the_curve_is_that_of_a_loop_by_hand(layout: str, tmp_path: Path) -> None:
+    """The whole training set in the run's order, whatever its schedule; until rounding grows."""
+    trainer = made(tmp_path, layout=layout, lr_scheduler_type="cosine", warmup_steps=5)
+    curve = trainer.practice(find_lr=True).rates
+    assert curve is not None and curve.rates[0] == pytest.approx(1e-6)
+    assert len(curve.rates) == 100 or curve.losses[-1] > 2 * min(curve.losses)
+    expected = by_hand(llama(), answered(24), learning_rates=curve.rates)
+    # in a chaotic stretch near the end the last bit decides
+    tame = sum(rate < 0.02 for rate in curve.rates)
+    assert curve.losses[:tame] == pytest.approx(expected[:tame], rel=1e-4)
+    assert curve.losses[tame - 1] < 0.9 * curve.losses[0], "nothing was trained"
+    assert curve.rate is not None and 1e-4 < curve.rate < 0.3 and curve.given == 2e-2
+
+
+def test_trying_rates_leaves_no_trace(tmp_path: Path) -> None:
+    plainly, trainer = made(tmp_path / "plain"), made(tmp_path / "tried")
+    without = plainly.practice()
+    before, drawn = adapter(trainer), torch.get_rng_state()
+    found = trainer.practice(find_lr=True)
+    assert same(before, adapter(trainer)) and torch.equal(torch.get_rng_state(), drawn)
+    assert found.curve == without.curve and without.rates is None and found.rates is not None
+    assert trainer.optimizer is None and all(p.grad is None for p in trainer.model.parameters())
+    assert {path.name for path in (tmp_path / "tried").iterdir() if path.suffix != ".lock"} == {
+        "practice.json",
+        "practice.html",
+    }
+    written = json.loads((tmp_path / "tried" / "practice.json").read_text())["rates"]
+    assert written["losses"][:40] == list(found.rates.losses[:40]) and written["given"] == 2e-2
+    page = (tmp_path / "tried" / "practice.html").read_text()
+    assert '"axis": "learning rate"' in page and '"log_axis": true' in page
+    assert f"suggested {found.rates.rate:.1e}" in page and "set 2.0e-02" in page
+
+
+def test_an_optimiser_of_ones_own_is_as_it_was(tmp_path: Path) -> None:
+    """Afterwards, and before the steps that are practised."""
+    curves: list[tuple[float, ...]] = []
+    for tries in (False, True):
+        model = llama()
+        own = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+        trainer = lorafit.Trainer(
+            model=model, args=arguments(tmp_path, max_steps=4), data_collator=PadCollator(0),
+            train_dataset=answered(24), optimizers=(own, None),
+        )  # fmt: skip
+        found = trainer.practice(find_lr=tries)
+        curves.append(found.curve)
+        assert not found.rates or len(found.rates.rates) > 40
+        assert own.param_groups[0]["lr"] == 3e-3
+        states = own.state.values()
+        assert not any(float(s["step"]) or float(s["exp_avg"].abs().sum()) for s in states)
+    assert curves[0] == curves[1] and len(curves[0]) == 4
+
+
+def test_a_range_test_keeps_to_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [ranging.steps_within(seconds, each=2.0) for seconds in (79.9, 80.0, 1e9)] == [
+        0,
+        40,
+        100,
+    ]
+    monkeypatch.setattr(rehearsal, "SECONDS", 0.0)
+    monkeypatch.setattr(rehearsal, "SHARE", 0.0)
+    found = made(tmp_path).practice(find_lr=True)
+    told = finding(found, "learning rate")
+    assert found.rates is None and told.mark == "note"
+    assert told.said.startswith("The range test was not made: 40 steps of ")
+
+
+def test_a_range_test_that_does_not_fit_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(Engine, "step", refuse)
+    trainer = made(tmp_path)
+    before = adapter(trainer)
+    found = trainer.practice(find_lr=True)
+    told = finding(found, "learning rate")
+    assert found.rates is None and "Memory ran out in a step" in told.said and told.advice
+    assert same(before, adapter(trainer))
+
+
+def test_the_rate_that_is_set_stands_beside_the_suggestion() -> None:
+    curve = rates.Curve((1e-4,), (1.0,), (1.0,), rate=3e-4, said="the rule", given=2e-4)
+    near, far = practice.rates(curve), practice.rates(replace(curve, given=2e-5))
+    assert (near.mark, near.advice) == ("good", "")
+    assert near.said == "The run is set to 2.0e-04; 3.0e-04 is suggested: the rule."
+    assert far.mark == "note" and far.advice.endswith("--learning-rate 3.0e-04")
+    silent = practice.rates(replace(curve, rate=None, said="cannot say: noise"))
+    assert silent.said == "The run is set to 2.0e-04; the range test cannot say: noise."
+
+
+# ---- what quantising costs
+
+
+def quantised_job(base: Path, folder: Path) -> job.Job:
+    """A run over a base in four bits, as the command line prepares it."""
+    pytest.importorskip("bitsandbytes")
+    file = folder / "rows.jsonl"
+    told = ({"question": f"Who is {n}?", "answer": f"A cat, {n}."} for n in range(48))
+    file.write_text("\n".join(map(json.dumps, told)))
+    return job.prepare(
+        config.load(None, {
+            "model": str(base), "data": str(file), "output_dir": str(folder / "run"),
+            "quantize": "nf4", "lora_r": 2, "max_steps": 4, "per_device_train_batch_size": 1,
+            "use_cpu": True,
+        })
+    )  # fmt: skip
+
+
+def test_a_quantised_base_is_held_against_the_base_in_full(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared = quantised_job(tiny_llama, tmp_path)
+    trainer = prepared.trainer
+    before = adapter(trainer)
+    helpers = Helpers(gap=prepared._gap)
+    told = finding(trainer.practice(helpers), "quantising")
+    held_out, _ = rehearsal._held_out(trainer)
+    batches = [PadCollator(0)([row]) for row in held_out][: rehearsal.LEAST_HELD_OUT]
+    gap = loss_gap(trainer.model, batches, precision=trainer._precision, free=10**9)
+    assert isinstance(gap, Gap) and told.said == f"nf4: {gap}."
+    assert abs(gap.nats) > 1e-3 and told.mark == ("good" if gap.nats <= 0.1 else "note")
+    assert same(before, adapter(trainer))
+    assert "quantising" not in marks(trainer.practice()), "nobody has handed it over"
+
+    monkeypatch.setattr(packing, "free_bytes", lambda _: 3_000)
+    told = finding(trainer.practice(helpers), "quantising")
+    assert told.mark == "note" and told.said == (
+        "What nf4 costs was not measured: the base in full takes 1.04 MB, and 2.00 kB are free."
+    )
+
+
+def test_a_second_copy_that_does_not_fit_ends_in_words(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    prepared = quantised_job(tiny_llama, tmp_path)
+    monkeypatch.setattr(base, "load_model", refuse)
+    cost = prepared._gap([], prepared.trainer._precision)
+    assert cost == (None, "CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+
+def test_what_quantising_costs_is_remarked_on_where_it_is_much() -> None:
+    little = practice.quantising("nf4", 0.02, said="it costs +0.0200")
+    assert (little.mark, little.said, little.advice) == ("good", "nf4: it costs +0.0200.", "")
+    much = practice.quantising("nf4", 0.12, said="it costs +0.1200")
+    assert much.mark == "note" and "--quantize int8 loses less" in much.advice
+    assert "int8" not in practice.quantising("int8", 0.12, said="it costs").advice
 
 
 # ---- judgement

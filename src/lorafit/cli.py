@@ -189,6 +189,10 @@ def practice(
     promote: Annotated[
         bool, typer.Option("--promote", help="Start the full run if nothing speaks against it.")
     ] = False,
+    find_lr: Annotated[
+        bool,
+        typer.Option("--find-lr", help="First steps at rising learning rates: which one to take."),
+    ] = False,
     **given: Any,
 ) -> None:
     """Try the whole path on a few hundred rows: lorafit practice --model FOLDER_OR_ID --data FILE
@@ -199,7 +203,7 @@ def practice(
 
     unwind()
     prepared = job.prepare(resolved)
-    if not prepared.practise().go:
+    if not prepared.practise(find_lr=find_lr).go:
         raise typer.Exit(1)
     if promote:
         prepared.trainer.resume_command = _resume_command()

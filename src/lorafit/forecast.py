@@ -4,6 +4,7 @@ Imports neither torch nor transformers, so that `lorafit plan` answers at once. 
 read from a configuration here, from the model itself in packing.py.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -84,9 +85,7 @@ def make(settings: Settings, device: str = "") -> Forecast:
     training, chosen = settings.training, settings.model
     gpu = None if training.use_cpu or device == "cpu" else limits.first_gpu()
     home = device or ("cuda" if gpu else "cpu")
-    sizes = shape.of(shape.read(chosen.model, revision=chosen.revision))
-    native = limits.multiplies_bf16(home, gpu)
-    work = _work(sizes, settings, device=home, native=native)
+    work = work_of(settings, home, native=limits.multiplies_bf16(home, gpu))
     limit = limits.here(home, training.memory_limit, gpu=gpu)
     made = memory.choose(work, limit, tokens=training.token_budget, recompute=asked(training))
     return Forecast(chosen.model, work, limit, made)
@@ -99,8 +98,19 @@ def asked(training: TrainingArguments) -> str:
     return "layer" if training.gradient_checkpointing else ""
 
 
-def _work(sizes: shape.Shape, settings: Settings, *, device: str, native: bool) -> Work:
+def work_of(settings: Settings, device: str, *, native: bool, longest: int = 0) -> Work:
+    """What `settings` ask for, as far as memory asks; read from the configuration alone.
+
+    Args:
+        native: Whether the device multiplies bfloat16 itself.
+        longest: Tokens of the longest example; 0: unknown, and taken to be `max_length`.
+
+    Raises:
+        ModelError: the model's sizes cannot be had.
+    """
     model, training = settings.model, settings.training
+    told = shape.read(model.model, revision=model.revision)
+    sizes, quantised = shape.of(told), model.quantize or _quantised(told)
     targets = model.lora_target_modules
     names = [targets] if isinstance(targets, str) else list(targets)
     trained, ranks = sizes.adapted(names, model.lora_r)
@@ -116,12 +126,18 @@ def _work(sizes: shape.Shape, settings: Settings, *, device: str, native: bool) 
         ranks=ranks,
         optim=training.optim,
         is_fused=sizes.is_fused and not (model.use_dora or whole),
-        is_mapped=weights == sizes.dtype and not model.quantize,
-        quantised=model.quantize,
-        longest=settings.data.max_length,
+        is_mapped=weights == sizes.dtype and not quantised,
+        quantised=quantised,
+        longest=longest or settings.data.max_length,
         examples=training.effective_batch_size,
         evaluated=evaluated(training),
     )
+
+
+def _quantised(told: Mapping[str, Any]) -> str:
+    """nf4 or int8, where the files are so already; else empty."""
+    how = told.get("quantization_config") or {}
+    return "nf4" if how.get("load_in_4bit") else "int8" if how.get("load_in_8bit") else ""
 
 
 def evaluated(training: TrainingArguments) -> int:

@@ -7,26 +7,32 @@ is written. Knows the order of the rooms, not what happens inside them.
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-import psutil
 from torch import Tensor
 
-from lorafit import compat, rehearsal, review
+from lorafit import compat, packing, rehearsal, review
 from lorafit.config import Settings, dump, load
 from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
 from lorafit.data.sets import Sets
-from lorafit.engine import precision
+from lorafit.engine import room
+from lorafit.engine.precision import Precision, home
 from lorafit.errors import ConfigError
 from lorafit.events import DataAudited, Event, RunEnded, RunStarted
 from lorafit.model import adapters, base
 from lorafit.rehearsal import Helpers
 from lorafit.run import store
+from lorafit.run.gap import loss_gap
 from lorafit.run.practice import PRACTICE, Finding, Practice, forecast_kept
 from lorafit.trainer import Trainer
+
+_AROUND = 1.5
+"""Times its bytes that a second copy of the base may need while it is loaded and run."""
 
 
 @dataclass(frozen=True)
@@ -52,12 +58,17 @@ class Job:
             self.trainer.save_model(str(folder))
         return folder
 
-    def practise(self) -> Practice:
+    def practise(self, *, find_lr: bool = False) -> Practice:
         """Try it all on a few hundred rows; interrupted in another process, and loaded again over
-        a second copy of the base where memory allows."""
+        a second copy of the base, and held against one that is not quantised, where memory allows.
+
+        Args:
+            find_lr: Whether the learning rate's range test is made too.
+        """
         self.trainer.observers.say(*self.notes)
         found = tuple(Finding("data", "note", harm) for harm in self.audited.harms)
-        return self.trainer.practice(Helpers(self._killed, self._reloaded, found))
+        helpers = Helpers(self._killed, self._reloaded, self._gap, found)
+        return self.trainer.practice(helpers, find_lr=find_lr)
 
     def _killed(self, checkpoint: Path, folder: Path, *, steps: int) -> bool:
         """Let a process go on from `checkpoint` in `folder`, and kill it once it has saved."""
@@ -77,10 +88,29 @@ class Job:
     def _reloaded(self, folder: Path, ids: Tensor) -> Tensor | None:
         """The logits of `ids` over a fresh copy of the base; None where memory holds no other."""
         needed = sum(p.numel() * p.element_size() for p in self.trainer.model.parameters())
-        if psutil.virtual_memory().available < 1.5 * needed:
+        if packing.free_bytes(self.settings.training) < _AROUND * needed:
             return None
         tuned = adapters.load_tuned(folder)
         return base.logits_of(base.place(tuned.model, self.settings.training.device), ids)
+
+    def _gap(self, batches: Sequence[Any], precision: Precision) -> tuple[float | None, str]:
+        """What quantising the base costs on these, in nats per token, and a line about it."""
+        try:
+            found = loss_gap(
+                self.trainer.model,
+                batches,
+                precision=precision,
+                free=int(packing.free_bytes(self.settings.training) / _AROUND),
+                trust_remote_code=self.settings.model.trust_remote_code,
+            )
+        except (RuntimeError, MemoryError) as error:
+            short = room.shortage(error)
+            if short is None:
+                raise
+            return None, short
+        finally:
+            room.release()
+        return (None, found) if isinstance(found, str) else (found.nats, str(found))
 
     def _hold_to_forecast(self, event: Event) -> None:
         """Say how the practice run's forecast compares with what the whole run took."""
@@ -108,12 +138,13 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
     """
     check_folder(settings)
     base.check_base(settings.model.model)
-    home = precision.home(settings.training.device)
-    base.check_quantised(settings.model, home)
+    place = home(settings.training.device)
+    base.check_quantised(settings.model, place)
     data, tokenizer = review.make_sets(settings, given)
     _check_evaluation(data, settings)
     report = review.audited(data, tokenizer, settings=settings)
-    model = base.load_model(settings.model, home)
+    packing.check_fits(settings, data.train)
+    model = base.load_model(settings.model, place)
     # the adapter's first weights are drawn here, before the trainer seeds its own run
     compat.set_seed(settings.training.seed, deterministic=settings.training.full_determinism)
     trainer = Trainer(

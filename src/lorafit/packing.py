@@ -7,7 +7,7 @@ proven to keep documents apart (model/documents.py). Decides once, before a run;
 
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from torch import nn
 
 from lorafit import compat, forecast
 from lorafit.arguments import TrainingArguments
+from lorafit.config import Settings
 from lorafit.data.cache import Chosen
 from lorafit.data.collate import DataCollatorForLanguageModeling, PadCollator
 from lorafit.engine import graph, limits, memory
 from lorafit.engine.layout import MicroBatch, as_given, is_plain, packed
 from lorafit.engine.limits import Limit
 from lorafit.engine.memory import Work
-from lorafit.engine.precision import Precision, products
+from lorafit.engine.precision import Precision, native_bf16, products
 from lorafit.engine.room import Room
 from lorafit.errors import ConfigError, ModelError
 from lorafit.events import OutOfMemory
@@ -296,6 +297,15 @@ def resident_limit(arguments: TrainingArguments) -> int:
     return _limit(arguments)[0].bytes if arguments.device.type == "cpu" else 0
 
 
+def free_bytes(arguments: TrainingArguments) -> int:
+    """Bytes that may be held besides, where weights are loaded and where the run trains."""
+    wanted = arguments.memory_limit if arguments.device.type == "cpu" else None
+    here = limits.here("cpu", wanted).bytes - limits.resident()
+    if arguments.device.type != "cuda":
+        return here
+    return min(here, torch.cuda.mem_get_info(arguments.device)[0])
+
+
 def _limit(arguments: TrainingArguments) -> tuple[Limit, int]:
     """The most that this process may hold where it trains, and what it holds."""
     device, wanted = arguments.device, arguments.memory_limit
@@ -306,6 +316,31 @@ def _limit(arguments: TrainingArguments) -> tuple[Limit, int]:
     holders = seen.holders if seen else ()
     gpu = limits.Gpu(torch.cuda.get_device_name(device), total, may, 8.0, holders)
     return limits.here("cuda", wanted, gpu=gpu), torch.cuda.memory_allocated(device)
+
+
+def check_fits(settings: Settings, rows: Any) -> None:
+    """Nothing, unless a run over `rows` can fit in no way: that can be said of the configuration
+    alone, before minutes go by in which weights are loaded. In doubt nothing is said: what is
+    planned of the model itself comes later. Of a run as given nothing is planned at all.
+
+    Raises:
+        ConfigError: with what would fit.
+    """
+    arguments, device = settings.training, settings.training.device
+    if arguments.layout == "as_given" or device.type not in memory.LEAST:
+        return
+    longest = int(lengths_of(rows).max(initial=0))
+    try:
+        work = forecast.work_of(settings, device.type, native=native_bf16(device), longest=longest)
+    except ModelError:  # said where the model itself is planned
+        return
+    limit, _ = _limit(arguments)
+    least = memory.plan(
+        replace(work, evaluated=0), tokens=memory.LEAST[device.type], recompute="layer"
+    )
+    if not memory.fits(least, limit):
+        asked = forecast.asked(arguments)
+        memory.choose(work, limit, tokens=arguments.token_budget, recompute=asked)
 
 
 # ---- what stands in the way ----------------------------------------------------------------------

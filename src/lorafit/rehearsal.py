@@ -12,7 +12,7 @@ of the base is handed over by the command line.
 import copy
 import math
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shutil import rmtree
@@ -25,7 +25,8 @@ from rich.console import Console as Terminal
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from lorafit import packing, parts
+from lorafit import packing, parts, ranging
+from lorafit.amounts import duration
 from lorafit.data import loader
 from lorafit.data.audit import pieces
 from lorafit.data.shapes import IGNORE
@@ -33,18 +34,20 @@ from lorafit.deploy import samples
 from lorafit.engine import limits, probe, room
 from lorafit.engine.layout import MicroBatch, as_given
 from lorafit.engine.objective import Whole
+from lorafit.engine.precision import Precision
 from lorafit.errors import ConfigError, ModelError, NonFiniteError, OutOfMemoryError
 from lorafit.events import Event, Saved, StepEnd
 from lorafit.hooks import Hooks
-from lorafit.model import adapters, base
+from lorafit.model import adapters, base, quantised
 from lorafit.model.lora import counting_dropout
 from lorafit.run import practice, store
 from lorafit.run.callbacks import Callbacks
 from lorafit.run.console import Console
 from lorafit.run.observers import Observers
 from lorafit.run.practice import Change, Finding, Forecast, Practice
+from lorafit.run.rates import Curve
 from lorafit.run.signals import Signals
-from lorafit.run.trial import untouched
+from lorafit.run.trial import states_kept, untouched
 
 ROWS, HELD_OUT = 500, 100
 LEAST_STEPS, LEAST_HELD_OUT = 4, 32
@@ -70,11 +73,14 @@ class Helpers:
     Attributes:
         killed: Trains on in another process.
         reloaded: (folder of an adapter, ids [T]) -> the logits that it gives over a fresh base.
+        gap: (batches as the collator made them, how they are run) -> nats per token that it costs
+            to quantise the base, None where that was not measured; and a line about it.
         data: What was found in the data before.
     """
 
     killed: Killed | None = None
     reloaded: Callable[[Path, Tensor], Tensor | None] | None = None
+    gap: Callable[[Sequence[Any], Precision], tuple[float | None, str]] | None = None
     data: tuple[Finding, ...] = ()
 
 
@@ -92,8 +98,11 @@ class Read:
     seconds: float
 
 
-def rehearse(trainer: Hooks, helpers: Helpers) -> Practice:
+def rehearse(trainer: Hooks, helpers: Helpers, *, find_lr: bool = False) -> Practice:
     """Everything that the full run does, on a few rows, and what was found.
+
+    Args:
+        find_lr: Whether the learning rate's range test is made too.
 
     Raises:
         ConfigError: there is no training set that can be counted.
@@ -105,9 +114,10 @@ def rehearse(trainer: Hooks, helpers: Helpers) -> Practice:
             fix="Give a list or a map-style set.",
         )
     folder = store.make_folder(Path(trainer._settings.output_dir)) / FOLDER
-    with untouched(trainer.model), _theirs_kept(trainer):
+    theirs = [own for own in (trainer.optimizer, trainer.lr_scheduler) if own is not None]
+    with untouched(trainer.model), states_kept(*theirs, trainer._precision.scaler):
         try:
-            return _Rehearsal(trainer, folder, helpers=helpers).run()
+            return _Rehearsal(trainer, folder, helpers=helpers).run(find_lr=find_lr)
         finally:
             rmtree(folder, ignore_errors=True)
 
@@ -123,6 +133,7 @@ class _Rehearsal:
     """Mutable: `findings` are added as they are made; `events` are those of the last copy.
 
     Attributes:
+        rates: The range test's curve, once it was made.
         per_step: Examples of a step.
         train, held_out: The rows that are practised on, and those that are read.
         plan: The full run's.
@@ -133,21 +144,25 @@ class _Rehearsal:
         self.settings, self.model = trainer._settings, trainer.model
         self.findings = list(helpers.data)
         self.events: list[Event] = []
+        self.rates: Curve | None = None
         self.per_step = self.settings.effective_batch_size
         self.train = parts.subset(trainer.train_dataset, ROWS, seed=self.settings.seed)
         self.held_out, self.unseen = _held_out(trainer)
         steps = parts.steps_of(trainer.get_train_dataloader(), self.settings)
         self.plan = parts.plan(self.settings, steps, done=parts.START)
 
-    def run(self) -> Practice:
+    def run(self, *, find_lr: bool) -> Practice:
         """All of it, in the order in which a run would meet it."""
         self.say("one step, to know its time")
         step = _Step.of(self.copy("first", steps=LEAST_STEPS))
-        steps, rows = self._size(step.seconds())
+        seconds = step.seconds()
+        steps, rows = self._size(seconds)
         before = self.read(rows)
         self.say(f"{steps} steps of {self.per_step} examples, {rows} rows held out")
         if not self._check_longest():
             return self._made(step, [], reading=before)
+        self.rates = self._find_rate(seconds) if find_lr else None
+        self._check_quantising()
         first = self.copy("first", steps=steps)
         fresh, told = _clones(adapters.adapter_state(self.model)), self.events
         self._check_labels(step)
@@ -221,20 +236,56 @@ class _Rehearsal:
         reader._measured(reader.get_test_dataloader(chosen), loss_only=True, keep=keep)
         return Read(made.nats, made.supervised, perf_counter() - began)
 
+    def _cap(self, seconds: float) -> float:
+        """Seconds that it may take, a step of the full run taking so many."""
+        return max(SECONDS, SHARE * seconds * self.plan.steps)
+
     def _size(self, seconds: float) -> tuple[int, int]:
         """Steps and held-out rows within the cap, a step taking so long."""
-        cap = max(SECONDS, SHARE * seconds * self.plan.steps)
+        cap = self._cap(seconds)
         most = min(self.plan.steps, -(-len(self.train) // self.per_step))
         steps = max(min(LEAST_STEPS, self.plan.steps), min(most, int(cap / 2 / seconds)))
         per_row = seconds / self.per_step / 2  # a forward of one row, of which two readings
         rows = max(LEAST_HELD_OUT, min(HELD_OUT, int(cap / 10 / per_row)))
         return steps, min(rows, len(self.held_out))
 
+    def _find_rate(self, seconds: float) -> Curve | None:
+        """The range test, a step taking so many seconds; None where it was not made."""
+        cap = self._cap(seconds)
+        steps = ranging.steps_within(cap, each=seconds)
+        if not steps:
+            why = f"{ranging.LEAST} steps of {seconds:.2g} s take more than {duration(cap)}."
+            self.findings.append(practice.rates_not_tried(why))
+            return None
+        self.say("{} steps at rates from {:.0e} to {:.0e}".format(steps, *ranging.SPAN))
+        made = self.copy("rates", steps=steps)
+        made.train_dataset, made._signals = self.trainer.train_dataset, self.trainer._signals
+        try:
+            found = ranging.find_rate(made, steps=steps)
+        except OutOfMemoryError as error:
+            self.findings.append(practice.rates_not_tried(error.what, error.fix))
+            return None
+        curve = replace(found, given=self.settings.learning_rate)
+        self.findings.append(practice.rates(curve))
+        return curve
+
     def _judge(self, measured: Change, events: Sequence[Event]) -> None:
         curve = [event.loss for event in events if isinstance(event, StepEnd)]
         found = practice.learning(measured, curve)
         seen = "" if self.unseen else " (rows that it trains on: there is no evaluation set)"
         self.findings.append(Finding(found.title, found.mark, found.said + seen, found.advice))
+
+    def _check_quantising(self) -> None:
+        """What it costs, on a few of the held-out rows: nothing has been trained yet."""
+        kind = quantised.scheme(base.unwrap(self.model))
+        if kind == "none" or not self.helpers.gap:
+            return
+        self.say(f"the base without {kind}")
+        reader = self.copy("first", steps=LEAST_STEPS)
+        chosen = Subset(self.held_out, range(min(LEAST_HELD_OUT, len(self.held_out))))
+        batches = list(reader.get_test_dataloader(chosen))
+        nats, said = self.helpers.gap(batches, self.trainer._precision)
+        self.findings.append(practice.quantising(kind, nats, said=said))
 
     def _check_longest(self) -> bool:
         """Forward and backward of the largest micro-batch that the full run can meet; whether it
@@ -336,6 +387,7 @@ class _Rehearsal:
             curve=tuple(event.loss for event in done),
             time=self._time(done, reading),
             disk=self._disk(events),
+            rates=self.rates,
             facts=(
                 f"{len(done)} of {self.plan.steps:,} steps, {self.per_step} examples each",
                 f"{len(reading.nats)} rows read before and after",
@@ -452,18 +504,6 @@ def _held_out(trainer: Hooks) -> tuple[Any, bool]:
     size = loader.length_of(trainer.train_dataset) or 0
     others = loader.order(size, seed=seed, epoch=0)[ROWS : ROWS + HELD_OUT]
     return Subset(trainer.train_dataset, others or range(min(size, HELD_OUT))), bool(others)
-
-
-@contextmanager
-def _theirs_kept(trainer: Hooks) -> Generator[None]:
-    """An optimiser and a schedule of the user's own are as before afterwards."""
-    theirs = [own for own in (trainer.optimizer, trainer.lr_scheduler) if own is not None]
-    states = [copy.deepcopy(own.state_dict()) for own in theirs]
-    try:
-        yield
-    finally:
-        for own, state in zip(theirs, states, strict=True):
-            own.load_state_dict(state)
 
 
 def _clones(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,12 +101,13 @@ class Trainer(Keeping):
             finally:
                 self._signals, self._running, self.is_in_train = Signals(), None, False
 
-    def practice(self, helpers: Helpers = ALONE) -> Practice:
+    def practice(self, helpers: Helpers = ALONE, *, find_lr: bool = False) -> Practice:
         """Try the whole path on a few hundred rows, and say whether to start the full run: see
         `run.practice`. Model, optimiser and random state are as before afterwards.
 
         Args:
             helpers: What the command line adds: another process, a second copy of the base.
+            find_lr: Make the learning rate's range test too, with a plot and a suggestion.
 
         Returns:
             The findings; `go` is False where one of them says to change something first. They are
@@ -117,7 +118,7 @@ class Trainer(Keeping):
             KeyboardInterrupt, TrainingInterrupted: as `train`; nothing of a practice run is kept.
         """
         with self.holding_output():
-            found = rehearse(self, helpers)
+            found = rehearse(self, helpers, find_lr=find_lr)
             folder = Path(self._settings.output_dir)
             store.write_json(folder / PRACTICE, found.as_dict())
             store.write_whole(folder / PRACTICE_PAGE, render_practice(found).encode())

@@ -1,8 +1,10 @@
 """The range test on curves whose truth is known: suggestions where there is one, silence else."""
 
+import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -97,3 +99,23 @@ def test_smoothing_lags_behind_nothing() -> None:
     """A mean that decays would show a straight fall later than it is."""
     curve = read([3 - number / 50 for number in range(STEPS)])
     assert curve.smoothed == pytest.approx(curve.losses)
+
+
+def test_the_table_shows_the_curve_in_text() -> None:
+    curve = rates.sweep(descent(1e3, noise=0.01), rates.rising(LOW, HIGH, steps=STEPS))
+    head, *lines = replace(curve, given=2e-4).table()
+    assert head.split() == ["rate", "loss"] and len(lines) == 12
+    shown = [line.split()[:2] for line in lines]
+    assert [float(rate) for rate, _ in shown] == sorted(float(rate) for rate, _ in shown)
+    assert float(shown[0][0]) == LOW
+    lowest = min(lines, key=lambda line: float(line.split()[1]))
+    assert min(line.index("*") for line in lines) == lowest.index("*")
+    (told,) = [line for line in lines if f"suggested: {curve.rate:.1e}" in line]
+    assert curve.rate and 0.3 < float(told.split()[0]) / curve.rate < 3
+    assert sum("set: 2.0e-04" in line for line in lines) == 1
+    assert rates.read([0.1, 0.2], [1.0, math.nan]).table() == []
+
+
+def test_what_is_kept_of_a_curve_is_json() -> None:
+    kept = rates.read([0.1, 0.2], [1.0, math.inf]).as_dict()
+    assert kept["losses"] == [1.0, None] and json.dumps(kept, allow_nan=False)

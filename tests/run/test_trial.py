@@ -1,6 +1,7 @@
 """Trying rates and measuring what quantising costs leave the run and its files as they were."""
 
 from contextlib import closing
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,6 @@ def adapted(folder: Path, kind: str = "") -> Any:
     return adapters.attach(base.load_model(given), given)
 
 
-def endless(run: Any) -> Any:
-    while True:
-        for step in run.loader.epoch(0):
-            yield run.layout(step.batches, run.room.tokens, step=0)
-
-
 def test_the_range_test_leaves_no_trace(tiny_llama: Path, tmp_path: Path) -> None:
     trainer = lorafit.Trainer(
         model=adapted(tiny_llama), args=arguments(tmp_path / "run", layout="packed"),
@@ -39,8 +34,9 @@ def test_the_range_test_leaves_no_trace(tiny_llama: Path, tmp_path: Path) -> Non
     before, drawn = adapter(trainer), torch.get_rng_state()
     run = trainer._begin(None)
     with closing(run.engine.updater):
+        rows = cycle(run.loader.epoch(0))
         torch.set_rng_state(drawn)
-        step = trial.stepping(run.engine, endless(run))
+        step = trial.stepping(run.engine.updater.optimizer, lambda: run.take(next(rows)).loss)
         curve = trial.find_rate(trainer.model, step, span=(1e-5, 3.0), steps=60)
     assert len(curve.rates) > 20 and curve.rate is not None and 1e-5 < curve.rate < 1, curve
     assert same(adapter(trainer), before) and torch.equal(torch.get_rng_state(), drawn)
@@ -48,23 +44,17 @@ def test_the_range_test_leaves_no_trace(tiny_llama: Path, tmp_path: Path) -> Non
     assert not [*(tmp_path / "run").rglob("*")]
 
 
-def test_groups_keep_their_proportions() -> None:
-    class Updater:
-        optimizer: Any
-
-    class Engine:
-        updater = Updater()
-
-        def step(self, batches: Any, watch: Any) -> Any:
-            watch.after_micro_batch(last=True)
-            return type("Result", (), {"loss": torch.tensor(2.0)})
-
-    engine: Any = Engine()
-    engine.updater.optimizer = torch.optim.SGD(
+@pytest.mark.parametrize("warmup", [0, 10])
+def test_groups_keep_their_proportions(warmup: int) -> None:
+    """LoRA+'s: `learning_rate` is the first group's, also where a warmup begins at 0."""
+    optimizer = torch.optim.SGD(
         [{"params": [torch.zeros(1)], "lr": 1e-3}, {"params": [torch.zeros(1)], "lr": 1.6e-2}]
     )
-    assert trial.stepping(engine, iter([[]]))(0.5) == 2.0
-    assert [g["lr"] for g in engine.updater.optimizer.param_groups] == [0.03125, 0.5]
+    if warmup:
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / warmup)
+        assert optimizer.param_groups[1]["lr"] == 0.0
+    assert trial.stepping(optimizer, lambda: torch.tensor(2.0))(0.5) == 2.0
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.5, 8.0])
 
 
 def test_what_is_trained_comes_back_when_a_trial_fails(tiny_llama: Path) -> None:
@@ -111,7 +101,7 @@ def test_why_it_was_not_measured(tiny_llama: Path, tmp_path: Path) -> None:
     assert "not quantised" in str(loss_gap(adapted(tiny_llama), [], **told))
     model = adapted(tiny_llama, "nf4")
     tight = loss_gap(model, [], precision=FULL, free=1000)
-    assert tight == "the base in full takes 1,040,128 bytes, and 1,000 are free: not measured"
+    assert tight == "the base in full takes 1.04 MB, and 1.00 kB are free"
     base.unwrap(model).save_pretrained(tmp_path)
     base.unwrap(model).name_or_path = str(tmp_path / "gone")
     assert "cannot be loaded" in str(loss_gap(model, [], **told))

@@ -39,7 +39,7 @@ from lorafit.events import (
     StepSkipped,
 )
 from lorafit.run.notebook import Cell, output
-from lorafit.run.practice import Practice
+from lorafit.run.practice import RATES, Practice
 
 _BLOCKS, _WIDE = "▁▂▃▄▅▆▇█", 16
 _ASKED, _ANSWERED = 60, 240
@@ -117,6 +117,9 @@ def show_practice(found: Practice, terminal: Terminal | None = None) -> None:
             terminal.print(shown(finding.said), markup=False)
             if finding.advice:
                 terminal.print(f"      {shown(finding.advice)}", markup=False)
+            if finding.title == RATES and found.rates:
+                rows = (f"      {row}" for row in found.rates.table())
+                terminal.print("\n".join(rows), markup=False)
         terminal.print(
             f"full run: {found.time}, {found.disk / 1e6:,.0f} MB on the disk at most", markup=False
         )

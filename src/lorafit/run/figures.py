@@ -11,6 +11,7 @@ from typing import Any
 from lorafit.events import MemoryPeak
 from lorafit.run import overfit
 from lorafit.run.overfit import Series
+from lorafit.run.rates import Curve
 from lorafit.run.record import Record
 
 _POINTS, _ROWS = 750, 60
@@ -23,10 +24,11 @@ Values = list[float | None]
 
 @dataclass(frozen=True)
 class Line:
-    """What is drawn as one line: `steps` and `values`, in a colour of the style sheet."""
+    """What is drawn as one line: `values` at `steps`, or at what else the figure's axis says, in a
+    colour of the style sheet."""
 
     label: str
-    steps: Sequence[int]
+    steps: Sequence[float]
     values: Sequence[float]
     colour: str
     look: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -35,7 +37,8 @@ class Line:
 @dataclass(frozen=True)
 class Figure:
     """A plot, the sentence below it and the table behind it. `marks` are steps with a label, and
-    stretches that begin with one; `band` the steps, low and high edges of a noise band."""
+    stretches that begin with one; `band` the steps, low and high edges of a noise band. `axis` is
+    what lies along it, `log` and `log_axis` that it is by decades, up and along."""
 
     id: str
     title: str
@@ -45,12 +48,14 @@ class Figure:
     tall: bool = False
     zero: bool = False
     log: bool = False
+    axis: str = "step"
+    log_axis: bool = False
     marks: Sequence[dict[str, Any]] = ()
     band: tuple[Sequence[int], Sequence[float], Sequence[float]] | None = None
 
     @property
     def columns(self) -> list[str]:
-        """Of the table, after the step."""
+        """Of the table, after the first, the axis."""
         return [line.label for line in self.lines]
 
     @property
@@ -62,11 +67,11 @@ class Figure:
         sparse = {line.label: set(line.steps) for line in self.lines if len(line.steps) <= _ROWS}
         shown = sorted({*told, *(n for n, s in enumerate(steps) if _holds(sparse, s))})
         return [
-            [f"{steps[n]:,}", *("" if c[n] is None else f"{c[n]:.5g}" for c in columns)]
+            [_at(steps[n]), *("" if c[n] is None else f"{c[n]:.5g}" for c in columns)]
             for n in shown
         ]
 
-    def _joined(self) -> tuple[list[int], list[Values]]:
+    def _joined(self) -> tuple[list[float], list[Values]]:
         steps = sorted({step for line in self.lines for step in line.steps})
         return steps, [_spread(steps, line.steps, values=line.values) for line in self.lines]
 
@@ -81,16 +86,20 @@ class Figure:
         if self.band:
             at, low, high = self.band
             band = {"low": _spread(steps, at, values=low), "high": _spread(steps, at, values=high)}
-        named = ("id", "title", "unit", "tall", "zero", "log")
+        named = ("id", "title", "unit", "tall", "zero", "log", "axis", "log_axis")
         told = {name: vars(self)[name] for name in named}
         return {**told, "marks": list(self.marks), "x": steps, "series": series, "band": band}
 
 
-def _holds(sparse: dict[str, set[int]], step: int) -> bool:
+def _at(step: float) -> str:
+    return f"{step:,}" if isinstance(step, int) else f"{step:.2e}"
+
+
+def _holds(sparse: dict[str, set[float]], step: float) -> bool:
     return any(step in steps for steps in sparse.values())
 
 
-def _spread(steps: Sequence[int], own: Sequence[int], *, values: Sequence[float]) -> Values:
+def _spread(steps: Sequence[float], own: Sequence[float], *, values: Sequence[float]) -> Values:
     """`values` at its `own` steps among all `steps`; None elsewhere, and for what is not finite."""
     known = dict(zip(own, values, strict=True))
     found = (known.get(step) for step in steps)
@@ -258,6 +267,32 @@ def _marks(run: Record) -> list[dict[str, Any]]:
             {"from": verdict.best, "to": last, "label": f"best {verdict.best:,}, then memorising"}
         ]
     return [{"from": verdict.best, "to": None, "label": f"best {verdict.best:,}"}]
+
+
+# ---- a range test ------------------------------------------------------------------------------
+
+
+def of_rates(curve: Curve) -> Figure:
+    """The loss of each step of a range test by its learning rate, up to where it diverged."""
+    shown = len(curve.smoothed) or len(curve.losses)
+    at = curve.rates[:shown]
+    lines = [Line("each step", at, curve.losses[:shown], "step", {"width": 1})]
+    if curve.smoothed:
+        lines.append(Line("smoothed", at, curve.smoothed, "smooth", {"width": 2}))
+    named = (("set", curve.given), ("suggested", curve.rate))
+    gone = len(curve.losses) - shown
+    return Figure(
+        "rates",
+        "Loss by learning rate",
+        "nats per token",
+        lines,
+        told=f"{shown} steps, each at a higher rate than the one before"
+        f"{', then it diverged' if gone else ''}: {curve.said}.",
+        tall=True,
+        axis="learning rate",
+        log_axis=True,
+        marks=[{"from": rate, "label": f"{name} {rate:.1e}"} for name, rate in named if rate],
+    )
 
 
 # ---- several runs ------------------------------------------------------------------------------

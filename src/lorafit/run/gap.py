@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorafit.amounts import shown
 from lorafit.arguments import ModelArguments
 from lorafit.engine.evaluation import exact
 from lorafit.engine.layout import moved
@@ -62,7 +63,7 @@ def loss_gap(
     dtype = base.weights_dtype(model)
     needed = (every - trained) * dtype.itemsize
     if needed > free:
-        return f"the base in full takes {needed:,} bytes, and {free:,} are free: not measured"
+        return f"the base in full takes {shown(needed)}, and {shown(max(free, 0))} are free"
     name, revision = base.source_of(model)
     wanted = ModelArguments(
         model=name,

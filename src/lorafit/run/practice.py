@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from lorafit.amounts import duration, shown
 from lorafit.events import Event, OutOfMemory
+from lorafit.run.rates import Curve
 
 Mark = Literal["good", "note", "stop"]
 PRACTICE, PRACTICE_PAGE = "practice.json", "practice.html"
@@ -319,6 +320,50 @@ _SHOWN = 120
 """Characters of an answer."""
 
 
+COSTLY = 0.1
+"""Nats per token that quantising may cost before it is remarked on: a perplexity a tenth higher."""
+
+
+def quantising(kind: str, nats: float | None, *, said: str) -> Finding:
+    """What it costs that the base is quantised.
+
+    Args:
+        kind: nf4 or int8.
+        nats: Per token; None: not measured.
+        said: A line about it.
+    """
+    if nats is None:
+        return Finding("quantising", "note", f"What {kind} costs was not measured: {said}.")
+    if nats <= COSTLY:
+        return Finding("quantising", "good", f"{kind}: {said}.")
+    less = "" if kind == "int8" else "--quantize int8 loses less; "
+    advice = f"Training makes up for some of it. {less}without --quantize nothing is lost."
+    return Finding("quantising", "note", f"{kind}: {said}.", advice)
+
+
+RATES = "learning rate"
+"""The title of what its range test found."""
+NEAR = 3.0
+"""Times that a learning rate may be off the suggested one, which is no finer than that."""
+
+
+def rates(curve: Curve) -> Finding:
+    """What the range test of the learning rate says of the one that the run is set to."""
+    given = curve.given
+    beside = f"The run is set to {given:.1e}" if given is not None else "The run has its own"
+    if curve.rate is None:
+        return Finding(RATES, "note", f"{beside}; the range test {curve.said}.")
+    said = f"{beside}; {curve.rate:.1e} is suggested: {curve.said}."
+    if given and 1 / NEAR <= given / curve.rate <= NEAR:
+        return Finding(RATES, "good", said)
+    return Finding(RATES, "note", said, f"To take the suggestion: --learning-rate {curve.rate:.1e}")
+
+
+def rates_not_tried(why: str, advice: str = "") -> Finding:
+    """There was no range test, or it came to no end."""
+    return Finding(RATES, "note", f"The range test was not made: {why}", advice)
+
+
 @dataclass(frozen=True)
 class Practice:
     """The whole practice run.
@@ -331,6 +376,7 @@ class Practice:
         time: Of the full run.
         disk: Bytes of the full run at most.
         facts: What was practised on: steps, rows and the like, for people.
+        rates: The range test of the learning rate; None where it was not asked for.
     """
 
     findings: tuple[Finding, ...]
@@ -340,6 +386,7 @@ class Practice:
     disk: int
     facts: tuple[str, ...] = ()
     change: Change | None = None
+    rates: Curve | None = None
 
     @property
     def go(self) -> bool:
@@ -356,4 +403,5 @@ class Practice:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for practice.json."""
-        return {**asdict(self), "go": self.go, "verdict": self.verdict}
+        tried = self.rates.as_dict() if self.rates else None
+        return {**asdict(self), "rates": tried, "go": self.go, "verdict": self.verdict}

@@ -9,9 +9,10 @@ no suggestion. Knows neither models nor torch.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from statistics import median
+from typing import Any
 
 CUT = 4.0
 """Diverged: so many times the lowest smoothed loss (fastai's)."""
@@ -20,6 +21,8 @@ _DECAY = 0.9
 _SURE = 3.0
 _PART = 8
 """Standard errors that are no noise; windows that a curve has, at least."""
+_LINES, _COLUMNS = 12, 40
+"""Of the table."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Curve:
         rate: The suggestion; None where the curve does not allow one.
         said: A line: the rule, or why there is no suggestion.
         steepest, lowest: The rates at which the loss fell fastest, and was lowest; None unknown.
+        given: The rate that the run is set to; None: nobody has said.
     """
 
     rates: tuple[float, ...]
@@ -41,6 +45,34 @@ class Curve:
     said: str = ""
     steepest: float | None = None
     lowest: float | None = None
+    given: float | None = None
+
+    def table(self) -> list[str]:
+        """The smoothed curve in some lines of text: rates, losses, and where each lies between the
+        lowest and the highest; what is suggested and what is given stand at the nearest rate."""
+        if not self.smoothed:
+            return []
+        logs = [math.log(rate) for rate in self.rates[: len(self.smoothed)]]
+        points = min(_LINES, len(logs))
+        chosen = [round(n * (len(logs) - 1) / (points - 1)) for n in range(points)]
+        low, high = min(self.smoothed), max(self.smoothed)
+        notes: dict[int, str] = {}
+        for name, rate in (("suggested", self.rate), ("set", self.given)):
+            if rate:
+                aim = math.log(rate)
+                _, near = min((abs(logs[n] - aim), n) for n in chosen)
+                notes[near] = f"{notes.get(near, '')}  <- {name}: {rate:.1e}"
+        made = [f"{'rate':>8}{'loss':>9}"]
+        for at in chosen:
+            loss = self.smoothed[at]
+            place = round(_COLUMNS * (loss - low) / (high - low)) if high > low else 0
+            made.append(f"{self.rates[at]:>8.1e}{loss:>9.4f}  {' ' * place}*{notes.get(at, '')}")
+        return made
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; a loss that is no number is None."""
+        kept = [loss if math.isfinite(loss) else None for loss in self.losses]
+        return {**asdict(self), "losses": kept}
 
 
 def rising(low: float, high: float, *, steps: int) -> list[float]:

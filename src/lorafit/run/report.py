@@ -185,7 +185,10 @@ def render_practice(found: Practice) -> str:
     drawn = [Figure("loss", "Loss", "nats per token", lines, told=told, tall=True)]
     return _page(
         "practice.html.j2",
-        drawn if found.curve else [],
+        [
+            *([figures.of_rates(found.rates)] if found.rates else []),
+            *(drawn if found.curve else []),
+        ],
         name="practice run",
         source="the practice run",
         shown={"found": found},

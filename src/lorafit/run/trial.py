@@ -3,13 +3,14 @@
 Owns putting back what a trial changed; what the numbers mean is `rates`'. Writes no file.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+import copy
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from lorafit.engine.layout import MicroBatch
-from lorafit.engine.step import Engine
 from lorafit.model import adapters
 from lorafit.model.base import modes_kept
 from lorafit.run import rates
@@ -29,6 +30,17 @@ def untouched(model: nn.Module) -> Generator[None]:
         model.zero_grad()
 
 
+@contextmanager
+def states_kept(*owned: Any) -> Generator[None]:
+    """Each of `owned`, an optimiser, a schedule or a scaler, has the state that it had before."""
+    states = [copy.deepcopy(own.state_dict()) for own in owned]
+    try:
+        yield
+    finally:
+        for own, state in zip(owned, states, strict=True):
+            own.load_state_dict(state)
+
+
 def find_rate(
     model: nn.Module,
     step: Callable[[float], float],
@@ -46,36 +58,21 @@ def find_rate(
         return rates.sweep(step, rates.rising(*span, steps=steps))
 
 
-def stepping(engine: Engine, steps: Iterator[Sequence[MicroBatch]]) -> Callable[[float], float]:
-    """A step of `engine` at a rate -> its loss. Groups keep their rates' proportions (LoRA+).
+def stepping(optimizer: Optimizer, take: Callable[[], Tensor]) -> Callable[[float], float]:
+    """A step at a rate -> its loss. The rate is that of the first group, which `learning_rate`
+    sets; the others keep their proportions to it (LoRA+).
 
     Args:
-        engine: Made for this: its optimiser's state is of no use afterwards.
-        steps: The micro-batches of one step after the other, as many as are asked for.
+        optimizer: Made for this: its state is of no use afterwards.
+        take: Takes a step with it; the loss before its update.
     """
-    groups = engine.updater.optimizer.param_groups
-    most = max(group["lr"] for group in groups) or 1.0
-    shares = [group["lr"] / most or 1.0 for group in groups]
+    groups = optimizer.param_groups
+    given = [group.get("initial_lr", group["lr"]) for group in groups]  # a warmup begins at 0
+    shares = [rate / given[0] if given[0] else 1.0 for rate in given]
 
     def step(rate: float) -> float:
         for group, share in zip(groups, shares, strict=True):
             group["lr"] = rate * share
-        return float(engine.step(next(steps), _NOBODY).loss)
+        return float(take())
 
     return step
-
-
-class _Nobody:
-    """Is told of nothing inside a step."""
-
-    def after_micro_batch(self, *, last: bool) -> None:  # noqa: ARG002 the engine's
-        return
-
-    def before_update(self) -> None:
-        return
-
-    def after_update(self) -> None:
-        return
-
-
-_NOBODY = _Nobody()

@@ -42,7 +42,7 @@
     const { ctx, bbox } = u, dpr = devicePixelRatio || 1;
     ctx.save();
     ctx.font = `${12 * dpr}px system-ui, sans-serif`;
-    for (const m of figure.marks) {
+    figure.marks.forEach((m, n) => {
       const from = u.valToPos(m.from, "x", true);
       if (m.to !== undefined && m.to !== null) {
         const to = u.valToPos(m.to, "x", true);
@@ -56,14 +56,14 @@
       ctx.fillStyle = css("ink");
       const room = bbox.left + bbox.width - from > ctx.measureText(m.label).width + 8 * dpr;
       ctx.textAlign = room ? "left" : "right";
-      ctx.fillText(m.label, from + (room ? 5 : -5) * dpr, bbox.top + 13 * dpr);
-    }
+      ctx.fillText(m.label, from + (room ? 5 : -5) * dpr, bbox.top + (13 + 15 * n) * dpr);
+    });
     ctx.restore();
   };
 
   const draw = (figure, place, width) => {
     const axis = { stroke: css("soft"), grid: { stroke: css("grid"), width: 1 }, ticks: { stroke: css("line"), width: 1 }, font: "12px system-ui, sans-serif", labelFont: "12px system-ui, sans-serif" };
-    const series = [{ label: "step", value: (_, v) => number(v) }, ...figure.series.map(line)];
+    const series = [{ label: figure.axis, value: (_, v) => number(v) }, ...figure.series.map(line)];
     const data = [figure.x, ...figure.series.map((s) => s.values)];
     const bands = [];
     if (figure.band) {
@@ -75,12 +75,12 @@
     const wide = width > 560, height = Math.round(figure.tall ? Math.min(380, Math.max(240, width * .5)) : 210);
     const plot = new uPlot({
       width, height, series, bands,
-      scales: { x: { time: false }, y: { distr: figure.log ? 3 : 1, range: figure.zero ? (_, low, high) => [0, high * 1.05 || 1] : undefined } },
+      scales: { x: { time: false, distr: figure.log_axis ? 3 : 1 }, y: { distr: figure.log ? 3 : 1, range: figure.zero ? (_, low, high) => [0, high * 1.05 || 1] : undefined } },
       axes: [
-        { ...axis, values: ticks, incrs: wholes, space: wide ? 60 : 45, size: 32, ...(figure.tall ? { label: "step", labelSize: 16, labelGap: 0 } : {}) },
+        { ...axis, values: ticks, incrs: figure.axis === "step" ? wholes : undefined, space: wide ? 60 : 45, size: 32, ...(figure.tall ? { label: figure.axis, labelSize: 16, labelGap: 0 } : {}) },
         { ...axis, values: ticks, size: 58, label: figure.unit, labelSize: 18, labelGap: 0, space: figure.log ? 20 : 32 },
       ],
-      cursor: { drag: { x: true, y: false }, sync: { key: "steps" }, points: { size: 6 } },
+      cursor: { drag: { x: true, y: false }, sync: { key: figure.axis }, points: { size: 6 } },
       legend: { live: true, markers: { dash: (u, n) => u.series[n].dash ? "dashed" : "solid" } },
       hooks: { drawClear: [], draw: figure.marks.length ? [marks(figure)] : [] },
     }, data, place);
