@@ -83,8 +83,9 @@ def test_names_are_escaped_and_long_tables_cut() -> None:
     cell = Cell(STARTED, shown.append)
     for step in range(205):
         cell.takes(read("eval_<i>", step, 1.0), None)
-    head, first, *rest = table(shown[-1])
-    assert head == ["step", "epoch", "eval_&lt;i&gt; loss"] and first[0] == "5" and len(rest) == 199
+    head, first, *rest, foot = table(shown[-1])
+    assert head == foot == ["step", "epoch", "eval_&lt;i&gt; loss"]
+    assert first[0] == "5" and len(rest) == 199
     assert "5 earlier rows are in the journal" in shown[-1]
 
 

@@ -25,6 +25,7 @@ from lorafit.events import (
 )
 from lorafit.run import report
 from lorafit.run.journal import Journal
+from lorafit.run.practice import Change, Finding, Practice, forecast
 from lorafit.run.record import read
 
 ASSETS = Path(report.__file__).parents[1] / "assets" / "uplot"
@@ -278,16 +279,28 @@ def test_colours_can_be_told_apart(mode: str) -> None:
     assert contrast(colours["step"], colours["paper"]) >= 2.5
 
 
+PRACTISED = Practice(
+    findings=(Finding("loss", "good", HOSTILE), Finding("stopping", "stop", HOSTILE, HOSTILE)),
+    pieces=((HOSTILE, True),),
+    curve=(3.0, 2.0, 1.5),
+    time=forecast([(3, 1.0)], steps_to_come=5, besides=0.0),
+    disk=1,
+    facts=(HOSTILE,),
+    change=Change(3.0, 2.0, 0.1, 8),
+)
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium here")
-@pytest.mark.parametrize("look", ["light", "dark", "phone", "side"])
+@pytest.mark.parametrize("look", ["light", "dark", "phone", "side", "practice"])
 def test_a_browser_draws_it_without_a_complaint(tmp_path: Path, look: str) -> None:
     folders = [write(tmp_path / name, events()) for name in ("one", "two")]
     target = tmp_path / "report.html"
-    report.write(folders if look == "side" else folders[:1], target)
+    if look == "practice":
+        target.write_text(report.render_practice(PRACTISED), encoding="utf-8")
+    else:
+        report.write(folders if look == "side" else folders[:1], target)
     size = "500,900" if look == "phone" else "1200,900"
     dark = ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]
     done = subprocess.run(
@@ -306,6 +319,6 @@ def test_a_browser_draws_it_without_a_complaint(tmp_path: Path, look: str) -> No
     # a request would be one too: the page's policy allows none, and says so there
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
     figures = told(target.read_text(encoding="utf-8"))["figures"]
-    assert done.stdout.count("<canvas") == len(figures) >= 3
+    assert done.stdout.count("<canvas") == len(figures) >= (1 if look == "practice" else 3)
     wide = re.findall(r'<canvas[^>]*style="[^"]*width: (\d+)px', done.stdout)
     assert all(int(pixels) <= int(size.split(",")[0]) for pixels in wide)

@@ -118,8 +118,8 @@ def show_practice(found: Practice, terminal: Terminal | None = None) -> None:
             if finding.advice:
                 terminal.print(f"      {shown(finding.advice)}", markup=False)
             if finding.title == RATES and found.rates:
-                rows = "\n".join(f"      {row}" for row in found.rates.table())
-                terminal.print(rows, markup=False)
+                rows = (f"      {row}" for row in found.rates.table())
+                terminal.print("\n".join(rows), markup=False)
         terminal.print(
             f"full run: {found.time}, {found.disk / 1e6:,.0f} MB on the disk at most", markup=False
         )

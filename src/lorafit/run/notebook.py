@@ -11,10 +11,13 @@ from importlib import import_module
 from lorafit.amounts import duration
 from lorafit.events import PROBE, Evaluated, Event, Logged, RunStarted
 
-_ROWS, _SECONDS, _TRAINED = 200, 0.5, "training"
+_ROWS, _SEEN, _SECONDS, _TRAINED = 200, 10, 0.5, "training"
 _TITLES = ((_TRAINED, "training loss"), ("eval", "evaluation loss"), (PROBE, "probe loss"))
 # rows from the bottom: drawn again, a box that scrolls would stand at its beginning
-_BOX = "max-height:24em;overflow:auto;display:flex;flex-direction:column-reverse"
+_BOX = (
+    "max-height:24em;overflow:auto;display:flex;flex-direction:column-reverse;"
+    "align-items:flex-start"
+)
 _CAPTION = (
     "nats per token; training loss: the mean of the steps since the last log; "
     "probe: training examples, evaluated like the evaluation set"
@@ -85,9 +88,11 @@ class Cell:
             lines.append(f"<tr><td>{step:,}</td><td>{self._epochs[step]:.2f}</td>{told}</tr>")
         hidden = len(self._rows) - len(lines)
         more = f"{hidden:,} earlier rows are in the journal; " if hidden else ""
+        # where the head has left the box; kept at its top, it would need a theme's colours
+        foot = f"<tfoot><tr>{heads}</tr></tfoot>" if len(lines) > _SEEN else ""
         return (
             f"<div style='{_BOX}'><table><caption>{more}{_CAPTION}</caption>"
-            f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+            f"<thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody>{foot}</table></div>"
         )
 
 

@@ -77,7 +77,7 @@
       width, height, series, bands,
       scales: { x: { time: false, distr: figure.log_axis ? 3 : 1 }, y: { distr: figure.log ? 3 : 1, range: figure.zero ? (_, low, high) => [0, high * 1.05 || 1] : undefined } },
       axes: [
-        { ...axis, values: ticks, ...(figure.log_axis ? {} : { incrs: wholes }), space: wide ? 60 : 45, size: 32, ...(figure.tall ? { label: figure.axis, labelSize: 16, labelGap: 0 } : {}) },
+        { ...axis, values: ticks, incrs: figure.axis === "step" ? wholes : undefined, space: wide ? 60 : 45, size: 32, ...(figure.tall ? { label: figure.axis, labelSize: 16, labelGap: 0 } : {}) },
         { ...axis, values: ticks, size: 58, label: figure.unit, labelSize: 18, labelGap: 0, space: figure.log ? 20 : 32 },
       ],
       cursor: { drag: { x: true, y: false }, sync: { key: figure.axis }, points: { size: 6 } },
