@@ -125,6 +125,7 @@ STEP_PATH: tuple[str, ...] = (
     "session.py:Watch.after_micro_batch",
     "session.py:Watch.after_update",
     "session.py:Watch.before_update",
+    "run/report.py:Page.__call__",
     "trainer.py:Trainer._act",
     "trainer.py:Trainer._epoch",
 )

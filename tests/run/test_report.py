@@ -216,6 +216,8 @@ def test_the_page_follows_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(written) == 2  # at the start and at the end: in between it would cost over 1%
     clock[0] += 200
     follower(next(event for event in every if isinstance(event, StepEnd)))
+    assert len(written) == 2, "steps are read with the log or the reading after them"
+    follower(next(event for event in every if isinstance(event, Evaluated)))
     assert len(written) == 3 and said == []
 
 

@@ -83,10 +83,9 @@ def resident() -> int:
 
 def peak() -> int:
     """The most that it held since `forget_peak`, resident; 0 where Linux does not say."""
-    with suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) << 10
+    with suppress(OSError, IndexError):
+        told = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(told.partition("VmHWM:")[2].split()[0]) << 10
     return 0
 
 

@@ -118,8 +118,7 @@ class Updater:
         """Take the step if `finite`, a boolean scalar; leave everything untouched otherwise."""
         if self._skips_on_device:
             vars(self.optimizer)["found_inf"] = (~finite).float()
-            self.optimizer.step()
-        elif bool(finite):
+        if self._skips_on_device or bool(finite):
             self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

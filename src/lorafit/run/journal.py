@@ -40,8 +40,7 @@ class Journal:
 
     def __call__(self, event: Event) -> None:
         """Append one line: `{"event": name, ...fields}`; what is not finite becomes a string."""
-        fields = {name: _plain(value) for name, value in asdict(event).items()}
-        line = {"event": type(event).__name__, **fields}
+        line = {"event": type(event).__name__} | {n: _plain(v) for n, v in asdict(event).items()}
         try:
             self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         except OSError as error:

@@ -22,6 +22,7 @@ from lorafit.events import (
     DataAudited,
     Evaluated,
     Event,
+    Logged,
     Notice,
     RunEnded,
     RunStarted,
@@ -268,8 +269,8 @@ def write(folders: Sequence[Path], target: Path) -> list[Record]:
 
 class Page:
     """Keeps report.html of a folder up to date while its run goes: call it with each event, after
-    the journal. It takes at most a hundredth of the run's time, and a page that cannot be written
-    ends no run: `say` is told once, and it is left alone.
+    the journal. It is written anew at logs, readings and saves, in at most a hundredth of the run's
+    time; one that cannot be written ends no run: `say` is told once, and it is left alone.
     """
 
     def __init__(self, folder: Path, *, say: Callable[[str], None]) -> None:
@@ -279,7 +280,11 @@ class Page:
 
     def __call__(self, event: Event) -> None:
         """Write it where it is time to."""
-        news = isinstance(event, RunStarted | Evaluated | StepEnd | Saved)
+        if not isinstance(event, StepEnd):
+            self._keep_up(event)
+
+    def _keep_up(self, event: Event) -> None:
+        news = isinstance(event, RunStarted | Logged | Evaluated | Saved)
         if self._is_left or not (news or isinstance(event, RunEnded)):
             return
         began = time.perf_counter()
