@@ -283,12 +283,31 @@ def test_a_range_test_that_does_not_fit_says_so(
 
 
 def test_the_rate_that_is_set_stands_beside_the_suggestion() -> None:
-    curve = rates.Curve((1e-4,), (1.0,), (1.0,), rate=3e-4, said="the rule", given=2e-4)
-    near, far = practice.rates(curve), practice.rates(replace(curve, given=2e-5))
-    assert (near.mark, near.advice) == ("good", "")
-    assert near.said == "The run is set to 2.0e-04; 3.0e-04 is suggested: the rule."
-    assert far.mark == "note" and far.advice.endswith("--learning-rate 3.0e-04")
-    silent = practice.rates(replace(curve, rate=None, said="cannot say: noise"))
+    curve = rates.Curve((1e-4,), (1.0,), (1.0,), rate=3e-4, said="the rule", lowest=6e-3)
+
+    def told(given: float | None, **other: Any) -> Finding:
+        return practice.rates(replace(curve, given=given, **other))
+
+    assert told(2e-4).said == (
+        "The run is set to 2.0e-04; 3.0e-04 is suggested: the rule; beyond 6.0e-03 it rises."
+    )
+    assert [told(rate).mark for rate in (2e-5, 2e-4, 5e-3, 7e-3)] == [
+        "note",
+        "good",
+        "good",
+        "note",
+    ]
+    assert [bool(told(rate).advice) for rate in (2e-5, 2e-4, 5e-3, 7e-3)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert told(2e-5).advice.endswith("--learning-rate 3.0e-04, or up to 6.0e-03")
+    assert told(7e-3).advice.endswith("--learning-rate 3.0e-04")
+    unknown = [told(rate, lowest=None).mark for rate in (2e-5, 8e-4, 1e-3)]
+    assert unknown == ["note", "good", "note"], "nobody has seen where it rises"
+    silent = told(2e-4, rate=None, lowest=None, said="cannot say: noise")
     assert silent.said == "The run is set to 2.0e-04; the range test cannot say: noise."
 
 

@@ -344,19 +344,25 @@ def quantising(kind: str, nats: float | None, *, said: str) -> Finding:
 RATES = "learning rate"
 """The title of what its range test found."""
 NEAR = 3.0
-"""Times that a learning rate may be off the suggested one, which is no finer than that."""
+"""Times below the suggested learning rate that are near enough: it is no finer than that."""
 
 
 def rates(curve: Curve) -> Finding:
-    """What the range test of the learning rate says of the one that the run is set to."""
+    """What the range test of the learning rate says of the one that the run is set to. Good from
+    about the suggestion up to where the loss was lowest: the suggestion is a careful one, and whole
+    runs may do better above it (docs/practice.md)."""
     given = curve.given
     beside = f"The run is set to {given:.1e}" if given is not None else "The run has its own"
     if curve.rate is None:
         return Finding(RATES, "note", f"{beside}; the range test {curve.said}.")
-    said = f"{beside}; {curve.rate:.1e} is suggested: {curve.said}."
-    if given and 1 / NEAR <= given / curve.rate <= NEAR:
+    most = max(curve.lowest or 0.0, curve.rate)
+    rises = f"; beyond {curve.lowest:.1e} it rises" if curve.lowest else ""
+    said = f"{beside}; {curve.rate:.1e} is suggested: {curve.said}{rises}."
+    if given and curve.rate / NEAR <= given <= most * (1 if curve.lowest else NEAR):
         return Finding(RATES, "good", said)
-    return Finding(RATES, "note", said, f"To take the suggestion: --learning-rate {curve.rate:.1e}")
+    more = f", or up to {most:.1e}" if given is not None and given < curve.rate < most else ""
+    advice = f"To take the suggestion: --learning-rate {curve.rate:.1e}{more}"
+    return Finding(RATES, "note", said, advice)
 
 
 def rates_not_tried(why: str, advice: str = "") -> Finding:
