@@ -1,5 +1,6 @@
 """A run that is watched: it ends where it begins to memorise, shows answers, and keeps its page."""
 
+import io
 import random
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from rich.console import Console as Terminal
 
 import lorafit
 from lorafit.data.collate import PadCollator
@@ -17,6 +19,7 @@ from lorafit.errors import ConfigError
 from lorafit.events import Evaluated, MemoryPeak, Notice, RunEnded, Sampled
 from lorafit.model import adapters
 from lorafit.run import record
+from lorafit.run.console import Console
 from tests.test_trainer_stops import Send
 from tests.tiny import adapter, arguments, events_of, llama, make, plain, same
 
@@ -221,6 +224,22 @@ def test_the_same_flag_is_unknown_to_transformers() -> None:
     """A knob of ours must not hide one of theirs."""
     theirs = {field.name for field in transformers.TrainingArguments.__dataclass_fields__.values()}
     assert not theirs & {"stop_when_memorising", "memorising_patience", "show_samples"}
+
+
+def test_an_error_in_a_callback_leaves_no_bar_and_gives_the_cursor_back(tmp_path: Path) -> None:
+    class Fails(lorafit.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise ValueError("mine")
+
+    file = io.StringIO()
+    trainer = make(tmp_path, callbacks=[Fails])
+    trainer.observers.remove(trainer._console)
+    trainer._console = Console(live=True, terminal=Terminal(file=file, force_terminal=True))
+    trainer.observers.insert(0, trainer._console)
+    with pytest.raises(ValueError, match="mine"):
+        trainer.train()
+    hidden, back = (file.getvalue().rfind(code) for code in ("\x1b[?25l", "\x1b[?25h"))
+    assert -1 < hidden < back
 
 
 def test_memory_is_held_against_its_plan(tmp_path: Path) -> None:

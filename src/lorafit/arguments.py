@@ -257,7 +257,7 @@ class TrainingArguments(Panel):
     disable_tqdm: bool | None = _log(None, "No live progress; none: only in a terminal.")
     report_to: str | list[str] = _log("none", "Trackers to report to: none, all, or names.")
     run_name: str | None = _log(None, "The run's name in trackers.")
-    project: str = _log("huggingface", "The project's name in trackers that have projects.")
+    project: str = _log("huggingface", "The project's name in Trackio.")
     trackio_space_id: str | None = _log(None, "The Space that Trackio writes to.")
     include_num_input_tokens_seen: str | bool = _log(
         "no", "Count the tokens seen.", choices=("no", "all", "non_padding")

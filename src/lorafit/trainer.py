@@ -187,6 +187,7 @@ class Trainer(Keeping):
             self._out_of_memory(run, full)
         finally:
             self._signals, self._running, self.is_in_train = Signals(), None, False
+            self._console.stop()
         return self._finish(run)
 
     def _epoch(self, run: Session, epoch: int) -> None:

@@ -206,6 +206,10 @@ class Console:
         else:
             self._print(event)
 
+    def stop(self) -> None:
+        """Take the bar away, and give the cursor back: an error may end a run without an event."""
+        self._bar.stop()
+
     def _print(self, event: Event) -> None:
         if isinstance(event, RunStarted):
             self._terminal.print(shown(started_line(event), keep="\n"), markup=False)
