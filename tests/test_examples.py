@@ -57,6 +57,7 @@ def gsm8k(shared: Path, tokenizer: transformers.PreTrainedTokenizerBase) -> Data
     return rows.map(tokenize, remove_columns=rows.column_names)
 
 
+@pytest.mark.slow
 def test_the_programme_of_the_readme(shared: Path, tiny_llama: Path, tmp_path: Path) -> None:
     """GSM8K through `datasets`, PEFT's LoRA, bf16 and a paged optimiser asked for on a CPU."""
     transformers.set_seed(0)

@@ -14,7 +14,11 @@ import pytest
 import transformers
 from packaging.version import Version
 
-SCRIPTS = sorted((Path(__file__).parent / "scripts").glob("*.py"))
+LONG = ("optimisers", "resume", "streaming", "subclass")
+SCRIPTS = [
+    pytest.param(path, marks=pytest.mark.slow) if path.stem in LONG else path
+    for path in sorted((Path(__file__).parent / "scripts").glob("*.py"))
+]
 IMPORT = "from transformers import Trainer, TrainingArguments\n"
 OF_THE_CLOCK = re.compile(r".*_(runtime|per_second|runtime_.*)$")
 
