@@ -329,6 +329,7 @@ def quantised_job(base: Path, folder: Path) -> job.Job:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_quantised_base_is_held_against_the_base_in_full(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
