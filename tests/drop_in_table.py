@@ -92,6 +92,8 @@ HABITS = (
      "all ends the run"),
     ("an evaluation set without `eval_strategy`", "different", "is read a few times for journal "
      "and terminal, within 5% of the run's cost; not where evaluation is overridden"),
+    ("what lies in `output_dir`", "different", "besides checkpoints `journal.jsonl` and "
+     "`report.html` (watching.md), `.lorafit.lock` while it trains; no pickle"),
     ("evaluation rows with labels all masked", "different", "weigh nothing (there: NaN)"),
     ("a stream that ends early", "same", "the run stops, and says where"),
     ("padding", "better", "a step's examples lie end to end where that is exact, and the loss is "
