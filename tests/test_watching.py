@@ -106,6 +106,20 @@ def test_a_run_that_was_interrupted_stops_at_the_same_step_with_the_same_adapter
     assert same(adapter(whole), adapter(resumed))
 
 
+def test_the_journal_is_read_once_a_reading_however_often_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = record.read, list[Path]()
+    monkeypatch.setattr(record, "read", lambda folder: (reads.append(folder), read(folder))[1])
+    trainer = memorising(
+        tmp_path, max_steps=8, eval_strategy="steps", eval_steps=4, save_strategy="steps",
+        save_steps=1,
+    )  # fmt: skip
+    monkeypatch.setattr("lorafit.run.report.write", lambda *_: None)
+    trainer.train()
+    assert len(reads) == 2
+
+
 def test_early_stopping_by_patience_still_works_beside_it(tmp_path: Path) -> None:
     trainer = memorising(
         tmp_path, eval_strategy="steps", eval_steps=4, save_strategy="steps", save_steps=4,

@@ -90,9 +90,14 @@ class Keeping(Hooks):
         self._rotate(run, folder)
 
     def _tidy(self, run: Session, kept: Kept | None) -> None:
-        """Rotate after the checkpoint `kept` that is resumed, as a kill may have come before."""
-        if kept and kept.folder.parent.resolve() == Path(run.arguments.output_dir).resolve():
-            self._rotate(run, kept.folder)
+        """Rotate after the checkpoint `kept` that is resumed, as a kill may have come before; what
+        is the best so far is in the journal."""
+        folder = Path(run.arguments.output_dir)
+        if not kept or kept.folder.parent.resolve() != folder.resolve():
+            return
+        if run.arguments.stop_when_memorising:
+            run.lowest = record.read(folder).verdict.best
+        self._rotate(run, kept.folder)
 
     def _rotate(self, run: Session, last: Path) -> None:
         if run.arguments.save_total_limit:
@@ -110,11 +115,8 @@ class Keeping(Hooks):
 
     def _lowest(self, run: Session) -> Path | None:
         """That of the lowest evaluation loss, where memorising is watched for and it is there."""
-        if not run.arguments.stop_when_memorising:
-            return None
-        folder = Path(run.arguments.output_dir)
-        name = record.read(folder).best_adapter
-        return folder / name if name else None
+        folder = Path(run.arguments.output_dir) / f"checkpoint-{run.lowest}"
+        return folder if folder.is_dir() else None
 
     @contextmanager
     def _saying_what_is_whole(self, run: Session) -> Generator[None]:

@@ -20,7 +20,7 @@ from lorafit.engine.room import Full
 from lorafit.model import base
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
-from lorafit.run import trial
+from lorafit.run import rates, trial
 from lorafit.run.rates import Curve
 from lorafit.session import Session
 
@@ -59,7 +59,7 @@ def find_rate(made: Any, *, steps: int) -> Curve:
             taken = _losses(run)
             step = trial.stepping(run.engine.updater.optimizer, lambda: next(taken))
             try:
-                return trial.find_rate(made.model, step, span=SPAN, steps=steps)
+                return rates.sweep(step, rates.rising(*SPAN, steps=steps))
             except Full as full:
                 raise full.explained() from full
 

@@ -84,7 +84,8 @@ class Session:
     state at the beginning of a step that has not finished, None between steps; `epoch_began` that
     at the beginning of the epoch; `saved_in` is the whole checkpoint that was saved at step
     `saved_at`, None before the first. `made_with`: see `RunState`. `say` tells a person a line. So
-    many `samples` are shown at each reading; `planned` bytes, 0: unknown."""
+    many `samples` are shown at each reading; `planned` bytes, 0: unknown. `lowest` is the step of
+    the lowest evaluation loss, kept up to date where memorising is watched for."""
 
     arguments: TrainingArguments
     plan: Plan
@@ -115,6 +116,7 @@ class Session:
     read_at: set[int] = field(default_factory=set)
     samples: int = 0
     planned: int = 0
+    lowest: int | None = None
     cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:

@@ -287,7 +287,8 @@ class Trainer(Keeping):
         if not run.arguments.stop_when_memorising:
             return
         told, here = record.read(Path(run.arguments.output_dir)), run.position.step
-        self.control.should_save |= bool(here and told.verdict.best == here)
+        run.lowest = told.verdict.best
+        self.control.should_save |= bool(here and run.lowest == here)
         if told.memorises(run.arguments.memorising_patience):
             self.observers.say(f"stopping: {told.verdict}")
             self.control.should_training_stop = True

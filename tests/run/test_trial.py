@@ -14,7 +14,7 @@ from lorafit.arguments import ModelArguments
 from lorafit.data.collate import PadCollator
 from lorafit.engine.precision import Precision
 from lorafit.model import adapters, base
-from lorafit.run import trial
+from lorafit.run import rates, trial
 from lorafit.run.gap import Gap, loss_gap
 
 FULL = Precision(torch.device("cpu"))
@@ -37,7 +37,8 @@ def test_the_range_test_leaves_no_trace(tiny_llama: Path, tmp_path: Path) -> Non
         rows = cycle(run.loader.epoch(0))
         torch.set_rng_state(drawn)
         step = trial.stepping(run.engine.updater.optimizer, lambda: run.take(next(rows)).loss)
-        curve = trial.find_rate(trainer.model, step, span=(1e-5, 3.0), steps=60)
+        with trial.untouched(trainer.model):
+            curve = rates.sweep(step, rates.rising(1e-5, 3.0, steps=60))
     assert len(curve.rates) > 20 and curve.rate is not None and 1e-5 < curve.rate < 1, curve
     assert same(adapter(trainer), before) and torch.equal(torch.get_rng_state(), drawn)
     assert all(p.grad is None for p in trainer.model.parameters())
@@ -61,14 +62,14 @@ def test_what_is_trained_comes_back_when_a_trial_fails(tiny_llama: Path) -> None
     model = adapted(tiny_llama).eval()
     before = {name: t.clone() for name, t in adapters.adapter_state(model).items()}
 
-    def fail(rate: float) -> float:
+    def fail() -> float:
         model.train()
         for tensor in adapters.adapter_state(model).values():
             tensor.fill_(float("nan"))
         return 1 / 0
 
-    with pytest.raises(ZeroDivisionError):
-        trial.find_rate(model, fail)
+    with pytest.raises(ZeroDivisionError), trial.untouched(model):
+        fail()
     assert same(adapters.adapter_state(model), before) and not model.training
 
 

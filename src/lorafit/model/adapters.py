@@ -36,6 +36,7 @@ CONTRACT = "lorafit.json"
 WEIGHTS = "model.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 ALL_LINEAR = "all-linear"
+_WRITTEN = "Give the folder that training wrote (its output_dir or a checkpoint in it)."
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,7 @@ def read_adapter_state(folder: Path) -> dict[str, Tensor]:
             )
         raise ModelError(
             f"{folder} holds no {ADAPTER}; it holds {bases.some(held)}.",
-            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+            fix=_WRITTEN,
         )
     try:
         for file in files:
@@ -320,7 +321,7 @@ def load_tuned(
     if not os.path.isdir(folder):  # whatever its name: Path raises for some
         raise ModelError(
             f"{folder!s:.200} is no adapter: there is no such folder.",
-            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+            fix=_WRITTEN,
         )
     place = _found(folder)
     for entries in {folder, place}:
@@ -538,7 +539,7 @@ def _read_config(folder: Path) -> "LoraConfig":
     if not file.is_file():
         raise ModelError(
             f"{folder} is no adapter: it has no {ADAPTER_CONFIG}.",
-            fix="Give the folder that training wrote (its output_dir or a checkpoint in it).",
+            fix=_WRITTEN,
         )
     settings = lora_config.checked(guard.read_json(file), usual=vars(LoraConfig()), file=file)
     try:

@@ -13,9 +13,7 @@ from torch.optim import Optimizer
 
 from lorafit.model import adapters
 from lorafit.model.base import modes_kept
-from lorafit.run import rates
 from lorafit.run.checkpoint import random_state_kept
-from lorafit.run.rates import Curve
 
 
 @contextmanager
@@ -39,23 +37,6 @@ def states_kept(*owned: Any) -> Generator[None]:
     finally:
         for own, state in zip(owned, states, strict=True):
             own.load_state_dict(state)
-
-
-def find_rate(
-    model: nn.Module,
-    step: Callable[[float], float],
-    *,
-    span: tuple[float, float] = (1e-6, 1.0),
-    steps: int = 100,
-) -> Curve:
-    """The learning-rate range test on `model`, which is untouched afterwards.
-
-    Args:
-        step: Trains `model` one step at that rate; its loss in nats (`stepping` makes one).
-        span: The lowest and the highest rate.
-    """
-    with untouched(model):
-        return rates.sweep(step, rates.rising(*span, steps=steps))
 
 
 def stepping(optimizer: Optimizer, take: Callable[[], Tensor]) -> Callable[[float], float]:
