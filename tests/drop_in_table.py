@@ -36,7 +36,7 @@ TRAINER = (
      "trainable, tokenizer, contract (`lorafit.json`) and `training_args.json`; no pickle"),
     ("`create_model_card`", "same", "the run's facts with what is given; no upload"),
     ("`call_model_init`", "same", "`model_init` is called again by each `train()`"),
-    ("`is_world_process_zero` `is_local_process_zero`", "same", "one process: True"),
+    ("`is_world_process_zero` `is_local_process_zero`", "same", ""),
     ("`push_to_hub` `init_hf_repo`", "refused", "lorafit uploads nothing. "
      "`huggingface_hub.upload_folder(folder_path=..., repo_id=...)` does"),
     ("`hyperparameter_search`", "refused", "one training per setting: call one from optuna"),
@@ -69,7 +69,7 @@ HABITS = (
     ("stateful callbacks", "better", "always restored; several of one class each get their own "
      "state (there: the first checkpoint's, and the list grows). One that is gone is named"),
     ("the bars of `ProgressCallback`", "different", "lorafit's console stands in its place"),
-    ("`trainer.accelerator`", "different", "what one process needs; its error names the rest"),
+    ("`trainer.accelerator`", "different", "what scripts ask of it; its error names the rest"),
     ("`state.log_history` and `trainer_state.json`", "same", "the same keys at the same steps"),
     ("`checkpoint-N`", "better", "whole or not there: written beside, checked, renamed. Inside are "
      "other files: safetensors and JSON, no pickle is read or written"),
@@ -110,6 +110,8 @@ HABITS = (
     ("`bf16=True` and a loss of your own", "same", "the model's forward alone is cast; your code "
      "sees float32"),
     ("`group_by_length`", "different", "another shuffle, which resuming can compute again"),
-    ("several processes", "refused", "not in this version: WORLD_SIZE above 1 is an error"),
+    ("several processes under torchrun", "same", "the last step of an epoch is not filled up with "
+     "rows from its beginning; every process reads a step's rows and takes its share, so leave "
+     "a `DistributedSampler` out; every process predicts all rows (several.md)"),
 )  # fmt: skip
 """What scripts rely on besides names."""

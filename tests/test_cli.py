@@ -222,6 +222,17 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(
     assert [e["step"] for e in steps if e["event"] == "StepEnd"] == list(range(1, step + 3))
 
 
+@pytest.mark.parametrize("words", [["--resume-from-checkpoint", "auto"], ["--overwrite"], []])
+def test_the_command_that_resumes_is_whole(
+    words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lorafit", "train", *words, "run file.yaml"])
+    said = "lorafit train 'run file.yaml' --resume-from-checkpoint=auto"
+    assert cli._resume_command() == said
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli._resume_command() == f"torchrun --nproc-per-node=... -m {said}"
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
 )

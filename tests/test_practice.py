@@ -270,7 +270,7 @@ def test_a_range_test_keeps_to_the_cap(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_range_test_that_does_not_fit_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
 
     monkeypatch.setattr(Engine, "step", refuse)

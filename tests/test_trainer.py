@@ -532,14 +532,6 @@ def test_fp16_without_cuda_is_refused(tmp_path: Path) -> None:
         make(tmp_path, fp16=True)
 
 
-def test_several_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2"):
-        make(tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    make(tmp_path)
-
-
 @pytest.mark.parametrize("counted", ["no", "all", "non_padding"])
 def test_tokens_and_operations_are_counted_as_transformers_does(
     tmp_path: Path, counted: str

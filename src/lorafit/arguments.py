@@ -12,12 +12,12 @@ import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from lorafit.clashes import clashes, clashes_of_best
 from lorafit.panel import Panel, fits, knob, panel, parsed
+from lorafit.processes import OfProcesses
 
 if TYPE_CHECKING:
     import torch
@@ -145,15 +145,9 @@ class DataArguments(Panel):
         return [*_missing("data", self.data), *super().check()]
 
 
-class ParallelMode(Enum):
-    """transformers' name for how processes divide the work; here there is one process."""
-
-    NOT_PARALLEL = "not_parallel"
-
-
 @parsed
 @panel
-class TrainingArguments(Panel):
+class TrainingArguments(Panel, OfProcesses):
     """How to train: transformers' names, meanings and defaults (5.23).
 
     `TrainingArguments(...)` has transformers' defaults, `TrainingArguments.recipe(...)` those of
@@ -413,11 +407,11 @@ class TrainingArguments(Panel):
 
     @property
     def device(self) -> "torch.device":
-        """The device of this process: the first CUDA device, else MPS, else the CPU."""
+        """The device of this process: a CUDA device of its own, else MPS, else the CPU."""
         import torch
 
         if not self.use_cpu and torch.cuda.is_available():
-            return torch.device("cuda", 0)
+            return torch.device("cuda", self.local_process_index)
         if not self.use_cpu and torch.backends.mps.is_available():
             return torch.device("mps")
         return torch.device("cpu")
@@ -426,36 +420,6 @@ class TrainingArguments(Panel):
     def n_gpu(self) -> int:
         """GPUs that this process uses: 0 or 1."""
         return int(self.device.type != "cpu")
-
-    @property
-    def world_size(self) -> int:
-        """Number of processes: this version runs one."""
-        return 1
-
-    @property
-    def process_index(self) -> int:
-        """This process among all of them."""
-        return 0
-
-    @property
-    def local_process_index(self) -> int:
-        """This process among those of this machine."""
-        return 0
-
-    @property
-    def should_save(self) -> bool:
-        """Whether this process writes files."""
-        return self.process_index == 0
-
-    @property
-    def should_log(self) -> bool:
-        """Whether this process logs."""
-        return self.process_index == 0
-
-    @property
-    def parallel_mode(self) -> ParallelMode:
-        """transformers' name for how processes divide the work."""
-        return ParallelMode.NOT_PARALLEL
 
     def get_process_log_level(self) -> int:
         """`log_level` as Python's logging counts it; passive is a warning's."""
@@ -468,8 +432,11 @@ class TrainingArguments(Panel):
         local: bool = True,  # noqa: ARG002 (transformers' signature)
         desc: str = "work",  # noqa: ARG002
     ) -> Generator[None]:
-        """transformers' context in which the first process runs ahead; there is one process."""
-        yield
+        """transformers' context in which the first process runs ahead, of all machines'."""
+        from lorafit import world
+
+        with world.join(self.device).first_ahead():
+            yield
 
     def to_dict(self) -> dict[str, Any]:
         """Every knob and its value."""

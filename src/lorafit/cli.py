@@ -19,10 +19,17 @@ from typing import Annotated, Any, Literal, NoReturn, get_args
 import typer
 from rich.console import Console as Terminal
 
-from lorafit import config
+from lorafit import config, processes
 from lorafit.arguments import PANELS, PYTHON_ONLY, TrainingArguments
 from lorafit.config import Settings
-from lorafit.errors import ConfigError, LorafitError, TrainingInterrupted, UsageError, shown
+from lorafit.errors import (
+    ConfigError,
+    ElsewhereError,
+    LorafitError,
+    TrainingInterrupted,
+    UsageError,
+    shown,
+)
 from lorafit.panel import Knob
 from lorafit.run.signals import leave, unwind
 
@@ -58,16 +65,19 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*values, **given)
         except TrainingInterrupted as stopped:
-            _leave(str(stopped), 143)
+            _leave(str(stopped), 143, by=stopped)
         except KeyboardInterrupt as stopped:
-            _leave(str(stopped) or "Stopped.", 130)
+            _leave(str(stopped) or "Stopped.", 130, by=stopped)
         except LorafitError as error:
-            _leave(f"error: {error}", 2 if isinstance(error, UsageError) else 1)
+            _leave(f"error: {error}", 2 if isinstance(error, UsageError) else 1, by=error)
 
     return told
 
 
-def _leave(message: str, code: int) -> NoReturn:
+def _leave(message: str, code: int, *, by: BaseException) -> NoReturn:
+    alike = isinstance(by, UsageError | ElsewhereError | TrainingInterrupted | KeyboardInterrupt)
+    if alike and processes.number():  # the first of several processes says it
+        raise typer.Exit(code)
     Terminal(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(message, markup=False)
     raise typer.Exit(code)
 
@@ -145,6 +155,8 @@ def train(
     prepared = job.prepare(resolved)
     prepared.trainer.resume_command = _resume_command()
     folder = prepared.run()
+    if processes.number():
+        return
     terminal = Terminal(highlight=False, emoji=False, soft_wrap=True)
     terminal.print(f"Ask it: lorafit generate --adapter {shlex.quote(str(folder))} --prompt ...")
 
@@ -240,9 +252,17 @@ def report(
 
 
 def _resume_command() -> str:
-    words = [word for word in sys.argv[1:] if not word.startswith("--resume-from-checkpoint")]
-    words = [word for word in words if word not in ("--overwrite", "--accept")]
-    return shlex.join(["lorafit", *words, "--resume-from-checkpoint=auto"])
+    given, words = iter(sys.argv[1:]), list[str]()
+    for word in given:
+        if word == "--resume-from-checkpoint":
+            next(given, None)  # its value
+        elif not word.startswith("--resume-from-checkpoint=") and word not in _SAID_ONCE:
+            words.append(word)
+    launched = "torchrun --nproc-per-node=... -m " if processes.count() > 1 else ""
+    return launched + shlex.join(["lorafit", *words, "--resume-from-checkpoint=auto"])
+
+
+_SAID_ONCE = ("--overwrite", "--accept")
 
 
 @app.command()

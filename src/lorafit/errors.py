@@ -13,7 +13,8 @@
     ├── MissingPackageError          an optional package that this setting needs (ImportError)
     ├── OutOfMemoryError             the smallest part of a step is too large (MemoryError)
     ├── NonFiniteError               loss or gradients stayed NaN or infinite (FloatingPointError)
-    └── TrainingInterrupted          SIGTERM while training; what was saved is named
+    ├── TrainingInterrupted          SIGTERM while training; what was saved is named
+    └── ElsewhereError               another of several processes has failed, and says why
 """
 
 from collections.abc import Sequence
@@ -87,6 +88,15 @@ class OutOfMemoryError(LorafitError, MemoryError):
 
 class TrainingInterrupted(LorafitError):
     """Training was asked to stop (SIGTERM); the message says what was saved and how to resume."""
+
+
+class ElsewhereError(LorafitError):
+    """Another of the processes that train together has failed or ended."""
+
+    def __init__(self, why: str | Sequence[str] = "", *, fix: str | Sequence[str] = "") -> None:
+        super().__init__(
+            "Another of the processes that train together has ended.", why=why, fix=fix
+        )
 
 
 def shown(text: str, *, keep: str = "") -> str:

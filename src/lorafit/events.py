@@ -6,7 +6,7 @@ The trainer emits them in order; the journal writes each as one line, the consol
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-Reason = Literal["finished", "stopped", "interrupted", "non-finite", "out-of-memory"]
+Reason = Literal["finished", "stopped", "interrupted", "non-finite", "out-of-memory", "left alone"]
 """Why a run ended."""
 PROBE = "probe"
 """The name under which the training examples are evaluated that the evaluation set is held to."""

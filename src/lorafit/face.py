@@ -6,16 +6,16 @@ the loop.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorafit import compat, parts
+from lorafit import compat, parts, world
 from lorafit.arguments import TrainingArguments
-from lorafit.engine import optim, precision, world
+from lorafit.engine import optim, precision
 from lorafit.engine.room import Room
 from lorafit.errors import ConfigError
 from lorafit.events import Saved
@@ -42,6 +42,8 @@ class Face:
     _optimizer_notice, _initial_num_input_tokens_seen = "", 0
     _running: Session | None = None
     _held: str | None = None
+    optimizer: Any
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -60,9 +62,9 @@ class Face:
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
         tokenizer: Any = None,
     ) -> None:
-        world.check_alone()
         self.args = TrainingArguments("trainer_output") if args is None else args
         settings = self._checked_settings()
+        self._world = world.join(settings.device)
         if settings.log_level != "passive":
             set_verbosity(settings.get_process_log_level())
         compat.set_seed(settings.seed, deterministic=settings.full_determinism)
@@ -82,20 +84,20 @@ class Face:
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         self.compute_loss_func, self.compute_metrics = compute_loss_func, compute_metrics
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.optimizer: Any = optimizers[0]
-        self.lr_scheduler: Any = optimizers[1]
+        self.optimizer, self.lr_scheduler = optimizers
         self.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
         self.model_accepts_loss_kwargs = base.accepts_count(self.model)
         self.label_names = list(base.label_names(self.model, settings.label_names))
         self.current_gradient_accumulation_steps = settings.gradient_accumulation_steps
         self.contract, self.panels = dict[str, Any](), dict[str, Any]()
         self.resume_command = "trainer.train(resume_from_checkpoint=True)"
-        self._console = Console(live=settings.disable_tqdm is not True)
-        self.observers, self._signals = Observers([self._console]), Signals()
+        self._console, self._signals = Console(live=settings.disable_tqdm is not True), Signals()
+        self.observers = Observers([self._console] if self._world.is_first else ())
         self._reads = Room(divides=True, tell=self.observers.tell, doing="evaluation")
         self._precision = precision.choose(settings, settings.device)
         store.make_folder(Path(settings.output_dir))
-        self.accelerator = Accelerator(self._precision, seed=parts.order_seed(settings))
+        order_seed = parts.order_seed(settings)
+        self.accelerator = Accelerator(self._precision, self._world, seed=order_seed)
         self._eval_loaders: dict[str, Any] = {}
         self._callbacks = Callbacks(
             self._callback_arguments(),
@@ -171,10 +173,12 @@ class Face:
         self._callbacks.handler.remove_callback(callback)
 
     def is_world_process_zero(self) -> bool:
-        """Whether this process writes files: always, in one process."""
-        return True
+        """Whether this process writes files and talks: the first of all."""
+        return self._world.is_first
 
-    is_local_process_zero = is_world_process_zero
+    def is_local_process_zero(self) -> bool:
+        """Whether it is the first of this machine."""
+        return self._settings.local_process_index == 0
 
     # What overrides copied from transformers read.
 
@@ -219,6 +223,8 @@ class Face:
 
     def _show_progress(self) -> None:
         """Let the console show progress, unless its callback was taken out."""
+        if not self._world.is_first:
+            return
         shows = self._console in self.observers
         if shows and not self._callbacks.draws():
             self.observers.remove(self._console)
@@ -237,9 +243,11 @@ class Face:
             yield
             return
         folder = store.make_folder(Path(self._settings.output_dir))
-        with lock.held(folder) as self._held:
+        with lock.held(folder) if self._world.is_first else nullcontext("") as self._held:
             try:
-                store.tidy(folder)
+                if self._world.is_first:
+                    store.tidy(folder)
+                self._world.wait()  # what the others read there is tidied
                 yield
             finally:
                 self._held = None
@@ -277,7 +285,9 @@ class Face:
         compat.save_metrics(self, split, metrics=metrics, combined=combined)
 
     def save_state(self) -> None:
-        """Write trainer_state.json to `output_dir`."""
+        """Write trainer_state.json to `output_dir`; the first process does, as of all files."""
+        if not self._world.is_first:
+            return
         folder = store.make_folder(Path(self._settings.output_dir))
         self._callbacks.keep_state(folder / "trainer_state.json")
 
@@ -287,6 +297,8 @@ class Face:
             self._save(output_dir)
             return
         self._check_finite()  # before anything is made
+        if not self._world.is_first:
+            return
         folder = Path(output_dir or self._settings.output_dir)
         with store.whole_files(folder) as partial:
             self._save(str(partial))
@@ -330,6 +342,8 @@ class Face:
         dataset_args: str | list[str] | None = None,  # noqa: ARG002 of one data set's loader
     ) -> None:
         """Write the model card, README.md, to `output_dir`: the run's facts and what is given."""
+        if not self._world.is_first:
+            return
         about = {
             "language": language,
             "license": license,

@@ -20,7 +20,7 @@ from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
 from lorafit.engine import objective as objectives
 from lorafit.engine import optim
-from lorafit.engine.evaluation import Evaluation, Predicted, evaluate
+from lorafit.engine.evaluation import Evaluation, Predicted, evaluate, measuring
 from lorafit.engine.layout import MicroBatch, as_given, moved
 from lorafit.engine.objective import Objective
 from lorafit.engine.optim import Recipe
@@ -34,6 +34,7 @@ from lorafit.parts import Overrides
 from lorafit.run.callbacks import EvalLoopOutput, PredictionOutput
 from lorafit.run.metrics import Gathered, metrics_of
 from lorafit.run.observers import evaluated
+from lorafit.world import ALONE
 
 
 class Hooks(Face):
@@ -58,8 +59,8 @@ class Hooks(Face):
             for name, value in own.items()
             if name in vars(self) or getattr(type(self), name) is not value
         )
-        idle = UNCALLED & {*dir(type(self)), *vars(self)}
-        return Overrides(frozenset([*replaced, *functions]), idle)
+        known = {*dir(type(self)), *vars(self)}
+        return Overrides(frozenset([*replaced, *functions]), UNCALLED & known)
 
     # ---- data ----------------------------------------------------------------------------------
 
@@ -449,7 +450,6 @@ class Hooks(Face):
     ) -> Evaluation:
         shifted, overrides = self._objective().shifted, self._overrides()
         theirs = overrides.any_of("prediction_step", "get_eval_dataloader", "get_test_dataloader")
-        end_to_end = loss_only and self._packing.runner is not None and not theirs
 
         def predict(batch: MicroBatch) -> tuple[Tensor | None, Any, Any, Tensor | None]:
             if batch.documents:
@@ -461,17 +461,19 @@ class Hooks(Face):
             )
             return *made, None if overrides.any_of("prediction_step") else self._each
 
-        laid = self._packing if end_to_end else Packing()
-        with optim.resting(self.optimizer), base.without_cache(self.model):
+        model, laid = self.model, Packing() if theirs or not loss_only else self._packing
+        # predictions are kept where they are made: every process makes them all
+        joint, world = (nullcontext(), self._world) if loss_only else (self._world.jointly(), ALONE)
+        with optim.resting(self.optimizer), base.without_cache(model), measuring(model), joint:
             try:
                 return evaluate(
-                    self.model,
                     parts.deafened(batches),
                     lay_out=partial(laid.lay_out_read, shifted=shifted),
                     predict=predict,
                     room=self._reads,
                     step=self.state.global_step,
                     keep=keep,
+                    world=world,
                 )
             except Full as full:
                 # a run is saved first
@@ -513,6 +515,6 @@ class Hooks(Face):
         )
 
     def _with_speed(self, output: EvalLoopOutput, prefix: str, *, began: float) -> dict[str, float]:
-        size, rows = self._settings.eval_batch_size, output.num_samples or 0
-        speed = parts.speed_of(prefix, began, examples=rows, batch_size=size)
+        size = self._settings.eval_batch_size
+        speed = parts.speed_of(prefix, began, examples=output.num_samples or 0, batch_size=size)
         return {**(output.metrics or {}), **speed}

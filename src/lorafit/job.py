@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lorafit import compat, packing, rehearsal, review
+from lorafit import compat, packing, rehearsal, review, world
 from lorafit.config import Settings, dump, load
 from lorafit.data.collate import PadCollator
 from lorafit.data.read import Source
@@ -52,7 +52,8 @@ class Job:
         with self.trainer.holding_output():
             if arguments.overwrite:
                 store.clear_run(folder)
-            self.trainer.observers += [self._keep_settings, self._hold_to_forecast]
+            if self.trainer.is_world_process_zero():
+                self.trainer.observers += [self._keep_settings, self._hold_to_forecast]
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))
@@ -140,7 +141,9 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
     base.check_base(settings.model.model)
     place = home(settings.training.device)
     base.check_quantised(settings.model, place)
-    data, tokenizer = review.make_sets(settings, given)
+    # the first process encodes, the others find what it has kept
+    with world.join(settings.training.device).first_ahead():
+        data, tokenizer = review.make_sets(settings, given)
     _check_evaluation(data, settings)
     report = review.audited(data, tokenizer, settings=settings)
     packing.check_fits(settings, data.train)

@@ -12,12 +12,15 @@ from typing import Any
 from torch import nn
 
 from lorafit.engine import moments
+from lorafit.engine.optim import Reached
 from lorafit.errors import ConfigError, OutputError
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
 from lorafit.model import adapters, identity
 from lorafit.run import changes, checkpoint, circumstances, record, store
 from lorafit.run.checkpoint import Kept
+from lorafit.run.observers import watching_gradients
+from lorafit.run.report import Page
 from lorafit.session import Session
 
 
@@ -83,11 +86,25 @@ class Keeping(Hooks):
                 adapters.save_adapter(self.model, partial)
             self._callbacks.keep_state(partial / "trainer_state.json")
 
+        if not self._world.is_first:
+            run.is_saved(folder, whole=whole)
+            return
         with self._saying_what_is_whole(run):
             store.check_space(folder.parent, run.checkpoint_bytes)
             size = run.save(folder, write_files, whole=whole)
         self.observers.tell(Saved(str(folder), run.position.step, size))
         self._rotate(run, folder)
+
+    @contextmanager
+    def _observing(self, run: Session) -> Generator[None]:
+        """Inside, the first process writes journal and page, and sees whether gradients arrive."""
+        if run.journal is None:
+            yield
+            return
+        page = Page(Path(run.arguments.output_dir), say=self.observers.say)
+        arriving = watching_gradients(self.observers, Reached(self.model))
+        with self.observers.writing(run.journal, page), arriving:
+            yield
 
     def _tidy(self, run: Session, kept: Kept | None) -> None:
         """Rotate after the checkpoint `kept` that is resumed, as a kill may have come before; what
@@ -96,8 +113,9 @@ class Keeping(Hooks):
         if not kept or kept.folder.parent.resolve() != folder.resolve():
             return
         if run.arguments.stop_when_memorising:
-            run.lowest = record.read(folder).verdict.best
-        self._rotate(run, kept.folder)
+            run.lowest = self._world.first(lambda: record.read(folder).verdict.best)
+        if self._world.is_first:
+            self._rotate(run, kept.folder)
 
     def _rotate(self, run: Session, last: Path) -> None:
         if run.arguments.save_total_limit:

@@ -129,7 +129,9 @@ NO_OPS: Final[Mapping[str, NoOp]] = MappingProxyType(
         "include_tokens_per_second": NoOp("tokens per second are shown anyway"),
         "use_legacy_prediction_loop": NoOp("there is one evaluation loop"),
         "ray_scope": NoOp("there is no hyper-parameter search here", ("last",)),
-        "dispatch_batches": NoOp("each process reads its own examples", (None, False)),
+        "dispatch_batches": NoOp(
+            "each process reads a step's rows and takes its share", (None, False)
+        ),
     }
 )
 """Name accepted without effect -> why nothing is lost."""
@@ -145,8 +147,8 @@ _SHARDED = Refused(
     (None, "", False),
 )
 _LAUNCH = Refused(
-    "lorafit starts no process group of its own.",
-    "Set it in the launcher (torchrun) or in init_process_group.",
+    "lorafit takes the process group that is there, else torch's for the device.",
+    "Call torch.distributed.init_process_group(...) before the Trainer is made.",
     (None,),
 )
 _TRACKIO = Refused(

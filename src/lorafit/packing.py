@@ -32,6 +32,7 @@ from lorafit.model import base, lora, quantised
 from lorafit.model.documents import Faster, Leaks, Runner, runner
 from lorafit.model.fused import Decoder
 from lorafit.model.lora import Drawn
+from lorafit.world import ALONE, World
 
 OURS = (PadCollator, DataCollatorForLanguageModeling)
 
@@ -113,13 +114,13 @@ class Packing:
             self.runner.forget()
 
     def lay_out(
-        self, batches: Sequence[Any], tokens: int, *, step: int, shifted: bool
+        self, batches: Sequence[Any], tokens: int, *, step: int, shifted: bool, world: World = ALONE
     ) -> list[MicroBatch]:
-        """The micro-batches of step number `step`, of so many tokens at most."""
+        """This process's micro-batches of step number `step`, of so many tokens at most."""
         draw = None if self.seed is None else (self.seed, step)
         if self.runner is None:
-            return as_given(batches, shifted=shifted, draw=draw, most=tokens)
-        return packed(batches, budget=tokens, draw=draw)
+            return as_given(batches, shifted=shifted, draw=draw, most=tokens, world=world)
+        return packed(batches, budget=tokens, draw=draw, world=world)
 
     def lay_out_read(self, batch: Any, tokens: int, *, shifted: bool) -> list[MicroBatch]:
         """The micro-batches of a batch that is evaluated."""

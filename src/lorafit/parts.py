@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
@@ -33,6 +33,7 @@ from lorafit.model import adapters, base
 from lorafit.run import signals
 from lorafit.run.callbacks import speed_metrics
 from lorafit.run.checkpoint import Position
+from lorafit.world import World
 
 START = Position(0, 0, 0)
 
@@ -143,11 +144,23 @@ def data_loader(
 
 
 def steps_of(batches: Any, arguments: TrainingArguments) -> Loader:
-    """What `batches` yields, in the steps of a run."""
+    """What `batches` yields, in the steps of a run: every process reads all of a step's rows, which
+    are few, and so knows what the others work on.
+
+    Raises:
+        ConfigError: a sampler of the script's own gives each process other rows.
+    """
+    if isinstance(batches, DataLoader) and isinstance(batches.sampler, DistributedSampler):
+        raise ConfigError(
+            "The training loader's sampler is a DistributedSampler.",
+            why="Each process reads all rows of a step and takes its share of them; of a share it "
+            "would take a share.",
+            fix="Leave the sampler out of your DataLoader.",
+        )
     return Loader(
         deafened(batches),
         size=arguments.train_batch_size,
-        per_step=arguments.gradient_accumulation_steps,
+        per_step=arguments.gradient_accumulation_steps * arguments.world_size,
     )
 
 
@@ -376,6 +389,7 @@ def engine(
     precision: Precision,
     updater: tuple[Optimizer, Any],
     run_part: Callable[[MicroBatch, Whole], Tensor] | None,
+    world: World,
 ) -> Engine:
     """The engine.
 
@@ -394,7 +408,7 @@ def engine(
     return Engine(
         model,
         objective,
-        updater=Updater(optimizer, model),
+        updater=Updater(optimizer, model, world=world),
         schedule=schedule,
         precision=precision,
         max_norm=arguments.max_grad_norm,

@@ -6,22 +6,24 @@ the run are `run/progress.py`'s. Decides nothing: the trainer does.
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorafit import parts
+from lorafit import compat, parts
 from lorafit.arguments import TrainingArguments
 from lorafit.data.loader import Loader, StepBatches, rows_of
 from lorafit.engine import limits
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
+from lorafit.engine.objective import Whole
 from lorafit.engine.optim import Updater
-from lorafit.engine.room import Room
+from lorafit.engine.room import Room, shortage
 from lorafit.engine.step import Engine, StepResult
 from lorafit.errors import ConfigError
 from lorafit.events import MemoryPeak, Reason, RunEnded, RunStarted
@@ -34,10 +36,17 @@ from lorafit.run.journal import Journal
 from lorafit.run.progress import Done, Progress
 from lorafit.run.readings import Cost
 from lorafit.run.signals import Signals
+from lorafit.world import ALONE, World
 
 _MOMENTS, _BESIDE_WEIGHTS = 12, 1 << 20
 """Bytes of optimiser state per trained number (two moments and a master in float32, at most), and
 bytes of a checkpoint's small files."""
+
+_FLAGS = (
+    *("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate"),
+    "should_log",
+)
+"""Of transformers' TrainerControl."""
 
 Layout = Callable[..., Sequence[MicroBatch]]
 """The collated batches of a step, a number of tokens, and `step`, its number -> its micro-batches,
@@ -56,7 +65,16 @@ class Watch:
     signals: Signals
     updater: Updater
     room: Room
+    world: World = ALONE
     substeps: int = 0
+
+    @contextmanager
+    def backward(self) -> Generator[None]:
+        """Around all micro-batches. A shortage of memory is a process's own affair as long as it
+        can run them again alone."""
+        with self.world.jointly(unless=shortage):
+            yield
+        self.room.committed = self.world.size > 1
 
     def after_micro_batch(self, *, last: bool) -> None:
         """After each backward; may raise `Asked`."""
@@ -128,6 +146,11 @@ class Session:
         return self.watch.room
 
     @property
+    def world(self) -> World:
+        """The processes that run it together."""
+        return self.watch.world
+
+    @property
     def signals(self) -> Signals:
         """What has been asked of the process since the run began."""
         return self.watch.signals
@@ -175,7 +198,7 @@ class Session:
 
     def _left_out(self, done: int, total: int) -> None:
         """Batches were read that are left out: at first, at last and every ten seconds a line."""
-        self.signals.poll()
+        self.poll()
         if done in (1, total) or time.perf_counter() - self.clock > 10:
             self.clock = time.perf_counter()
             self.say(f"reading past what was trained on: {done:,} of {total:,} batches")
@@ -190,20 +213,48 @@ class Session:
         Raises:
             Full: it holds not even the smallest.
         """
-        number, before = self.position.step, checkpoint.random_state()
-        self.watch.substeps = len(step.batches) - 1
+        number, whole = self.position.step, list[Whole]()
+        self.watch.substeps = len(step.batches[self.world.number :: self.world.size]) - 1
 
         def again() -> None:
             self.engine.abandon()
             self.forget()
             checkpoint.set_random_state(before)
 
-        return self.room.held(
-            lambda tokens: self.layout(step.batches, tokens, step=number),
-            lambda parts: self.engine.step(parts, self.watch),
-            step=number + 1,
-            again=again,
-        )
+        def run(parts: Sequence[MicroBatch]) -> StepResult:
+            if not whole:  # once: a process may run it again alone
+                whole.append(Whole.of(parts, self.world))
+            return self.engine.step(parts, self.watch, whole=whole[0])
+
+        with self._numbers_of_its_own() if self.world.size > 1 else nullcontext():
+            before = checkpoint.random_state()
+            return self.room.held(
+                lambda tokens: self.layout(step.batches, tokens, step=number),
+                run,
+                step=number + 1,
+                again=again,
+            )
+
+    @contextmanager
+    def _numbers_of_its_own(self) -> Generator[None]:
+        """Inside, each of several processes draws its own random numbers, by seed, step and number;
+        outside, all draw the same ones."""
+        with checkpoint.random_state_kept():
+            named = (self.arguments.seed, self.position.step, self.world.number)
+            compat.set_seed(int.from_bytes(blake2b(repr(named).encode(), digest_size=4).digest()))
+            yield
+
+    def poll(self) -> None:
+        """Nothing, or `Asked`, where a signal has asked any process to stop."""
+        with self.world.jointly():
+            self.signals.poll()
+
+    def agree(self, control: Any) -> None:
+        """Let the first process's control flags, and a wish for a checkpoint, be every one's."""
+        own = [self.world.is_first and vars(control)[name] for name in _FLAGS]
+        saves, *flags = map(bool, self.world.highest(self.signals.save, *own))
+        self.signals.save = saves
+        vars(control).update(zip(_FLAGS, flags, strict=True))
 
     def finish_step(self, result: StepResult, *, of: StepBatches) -> None:
         """Move on by one step, the one `of` these batches."""
@@ -261,7 +312,7 @@ class Session:
             examples_per_step=arguments.effective_batch_size,
             batch_size=arguments.per_device_train_batch_size,
             accumulation=arguments.gradient_accumulation_steps,
-            processes=1,
+            processes=self.world.size,
             steps=self.plan.steps,
             first_step=self.position.step,
             epochs=self.plan.steps / (self.plan.steps_per_epoch or self.plan.steps),
@@ -307,9 +358,13 @@ class Session:
         """Write a checkpoint to `folder`, with what resuming needs if `whole`; its bytes."""
         size = checkpoint.save(folder, write_files, state=self._state() if whole else None)
         self.saved_bytes = size
+        self.is_saved(folder, whole=whole)
+        return size
+
+    def is_saved(self, folder: Path, *, whole: bool) -> None:
+        """Take note that it is, by this process or by the first."""
         if whole:
             self.saved_at, self.saved_in = self.position.step, folder
-        return size
 
     def farewell(self, asked: str, *, resume: str) -> str:
         """What a run that was interrupted says last.

@@ -25,15 +25,15 @@ from lorafit.engine import optim
 from lorafit.engine.evaluation import Readings
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.objective import Whole
-from lorafit.engine.optim import Reached
 from lorafit.engine.room import Full
-from lorafit.errors import TrainingInterrupted
+from lorafit.errors import ConfigError, ElsewhereError, TrainingInterrupted
 from lorafit.events import PROBE, Evaluated, Sampled
 from lorafit.keeping import Keeping
 from lorafit.model import adapters, base
 from lorafit.model.lora import counting_dropout
 from lorafit.model.noise import noisy_embeddings
 from lorafit.parts import START
+from lorafit.processes import Asked
 from lorafit.rehearsal import ALONE, Helpers, rehearse
 from lorafit.run import checkpoint, journal, record, store, workers
 from lorafit.run.callbacks import TrainOutput
@@ -41,12 +41,13 @@ from lorafit.run.checkpoint import Kept
 from lorafit.run.console import show_practice
 from lorafit.run.journal import Journal
 from lorafit.run.metrics import deciding_metric, is_better
-from lorafit.run.observers import evaluated, watching_gradients
+from lorafit.run.observers import evaluated
 from lorafit.run.practice import PRACTICE, PRACTICE_PAGE, Practice
 from lorafit.run.progress import Ended, Progress
-from lorafit.run.report import Page, render_practice
-from lorafit.run.signals import Asked, Signals, listening
+from lorafit.run.report import render_practice
+from lorafit.run.signals import Signals, listening
 from lorafit.session import Session, Watch
+from lorafit.world import idle_gpus
 
 
 class Trainer(Keeping):
@@ -114,9 +115,14 @@ class Trainer(Keeping):
             shown, and written to practice.json and practice.html in `output_dir`.
 
         Raises:
-            ConfigError: the training set cannot be counted.
+            ConfigError: the training set cannot be counted, or several processes were started.
             KeyboardInterrupt, TrainingInterrupted: as `train`; nothing of a practice run is kept.
         """
+        if self._world.size > 1:
+            raise ConfigError(
+                f"A practice run is one process's; {self._world.size} were started.",
+                fix="Start it without torchrun; its forecast is that of one process.",
+            )
         with self.holding_output():
             found = rehearse(self, helpers, find_lr=find_lr)
             folder = Path(self._settings.output_dir)
@@ -130,7 +136,7 @@ class Trainer(Keeping):
         self._callbacks.arguments = self._callback_arguments()
         output = Path(arguments.output_dir)
         kept, skipped = checkpoint.to_resume(output, wanted)
-        if wanted and not kept:
+        if wanted and not kept and self._world.is_first:
             journal.forget_unsaved(output)
         if self.model_init is not None:
             compat.set_seed(arguments.seed, deterministic=arguments.full_determinism)
@@ -143,17 +149,16 @@ class Trainer(Keeping):
         with closing(run.engine.updater):
             resumed = self._resume(run, kept) if kept else []
             run.notices = (*skipped, *resumed, *run.notices, self._held or "")
-            store.check_space(output, run.bytes_to_come())
-            run.journal = Journal(
-                output, resumed=(kept.folder, kept.state.journal) if kept else None
-            )
+            if self._world.is_first:
+                store.check_space(output, run.bytes_to_come())
+                run.journal = Journal(
+                    output, resumed=(kept.folder, kept.state.journal) if kept else None
+                )
             self._tidy(run, kept)
-            page = Page(output, say=self.observers.say)
             with (
                 workers.naming_the_killed(lambda: f"Then go on: {self.resume_command}"),
-                self.observers.writing(run.journal, page),
+                self._observing(run),
                 self._telling_of_bad_numbers(run),
-                watching_gradients(self.observers, Reached(self.model)),
                 base.without_cache(self.model),
                 noisy_embeddings(self.model, arguments.neftune_noise_alpha),
                 counting_dropout(self.model, self._packing.drawn),
@@ -170,9 +175,9 @@ class Trainer(Keeping):
         self.is_in_train = True
         try:
             with run.taken_up():
-                run.signals.poll()
+                run.poll()
                 if run.arguments.eval_on_start and not run.position.step:
-                    self.evaluate(ignore_keys=run.ignore_keys)
+                    self._evaluated(run)
                     self._take_reading(run, PROBE)
                     self._look(run)
                 self._act(run)  # a reading, or the evaluation that an interrupted run was at
@@ -185,6 +190,8 @@ class Trainer(Keeping):
             self._interrupted(run, asked)
         except Full as full:
             self._out_of_memory(run, full)
+        except ElsewhereError as error:
+            self._left_alone(run, error)
         finally:
             self._signals, self._running, self.is_in_train = Signals(), None, False
             self._console.stop()
@@ -200,7 +207,7 @@ class Trainer(Keeping):
             self.observers.tell(*run.progress.overdue())
             self._callbacks.fire("on_step_end")
             self._act(run)
-            run.watch.signals.poll()
+            run.poll()
             if self._callbacks.says_stop():
                 break
         self._close_epoch(run)
@@ -214,10 +221,16 @@ class Trainer(Keeping):
 
     def _act(self, run: Session) -> None:
         """What the callbacks' control asks for; a reading that is due."""
-        if self._callbacks.asks() or run.watch.signals.save:
+        if self._world.size > 1:
+            run.agree(self.control)
+        asked = self._callbacks.asks() or run.watch.signals.save
+        if asked:
             self._do_as_asked(run)
-        if run.reading_is_due():
+        due = run.reading_is_due()
+        if due:
             self._read_unasked(run)
+        if (asked or due) and self._world.size > 1:
+            run.agree(self.control)
 
     def _do_as_asked(self, run: Session) -> None:
         """Log, evaluate, save, with the numbers of every step so far."""
@@ -258,12 +271,8 @@ class Trainer(Keeping):
 
     def _evaluate_in_run(self, run: Session) -> None:
         """Evaluate; remember what is best, and move a schedule that follows the metric."""
-        arguments, schedule, before = run.arguments, run.engine.schedule, checkpoint.random_state()
-        try:
-            metrics = self.evaluate(ignore_keys=run.ignore_keys)
-        except Asked:  # it is evaluated again from here
-            checkpoint.set_random_state(before)
-            raise
+        arguments, schedule = run.arguments, run.engine.schedule
+        metrics = self._evaluated(run)
         decides = arguments.metric_for_best_model or arguments.save_strategy == "best"
         if not (decides or isinstance(schedule, ReduceLROnPlateau)):
             return
@@ -280,22 +289,39 @@ class Trainer(Keeping):
         if arguments.save_strategy == "best":
             self.control.should_save = best
 
+    def _evaluated(self, run: Session) -> dict[str, float]:
+        before = checkpoint.random_state()
+        try:
+            metrics = self.evaluate(ignore_keys=run.ignore_keys)
+        except Asked:  # it is evaluated again from here
+            checkpoint.set_random_state(before)
+            raise
+        if self._world.size > 1:  # each has drawn what its share needs
+            checkpoint.set_random_state(before)
+        return metrics
+
     def _look(self, run: Session) -> None:
         """After a reading: what the adapter answers; whether it is the best so far, and is kept;
         whether the run has begun to memorise, and ends."""
         self.observers.tell(*self._answers(run))
         if not run.arguments.stop_when_memorising:
             return
-        told, here = record.read(Path(run.arguments.output_dir)), run.position.step
-        run.lowest = told.verdict.best
+        here = run.position.step
+        run.lowest, verdict = self._world.first(lambda: self._judged(run))
         self.control.should_save |= bool(here and run.lowest == here)
-        if told.memorises(run.arguments.memorising_patience):
-            self.observers.say(f"stopping: {told.verdict}")
+        if verdict:
+            self.observers.say(f"stopping: {verdict}")
             self.control.should_training_stop = True
+
+    def _judged(self, run: Session) -> tuple[int | None, str]:
+        """The step of the best reading, and the verdict where it is that the run memorises."""
+        told = record.read(Path(run.arguments.output_dir))
+        over = told.memorises(run.arguments.memorising_patience)
+        return told.verdict.best, str(told.verdict) if over else ""
 
     def _answers(self, run: Session) -> list[Sampled]:
         """To the first prompts of the evaluation set, as many as are asked for."""
-        if not run.samples:
+        if not (run.samples and self._world.is_first):
             return []
         try:
             with optim.resting(self.optimizer), checkpoint.random_state_kept():
@@ -320,7 +346,7 @@ class Trainer(Keeping):
         step, count = run.position.step, run.readings.examples
         fresh = step not in run.read_at
         run.read_at.add(step)
-        if not (count and fresh and run.cost.allows(step)):
+        if not (count and fresh and self._world.first(lambda: run.cost.allows(step))):
             return
         began, told = time.monotonic(), list[Evaluated]()
         try:
@@ -368,6 +394,7 @@ class Trainer(Keeping):
             precision=self._precision,
             updater=(self.optimizer, self.lr_scheduler),
             run_part=self._run_training_step if own else None,
+            world=self._world,
         )
         self._callbacks.begin(
             max_steps=plan.steps, epochs=plan.epochs, batch_size=arguments.train_batch_size
@@ -387,9 +414,9 @@ class Trainer(Keeping):
             plan=plan,
             engine=engine,
             loader=steps,
-            watch=Watch(self._callbacks, self._signals, engine.updater, room),
+            watch=Watch(self._callbacks, self._signals, engine.updater, room, self._world),
             say=self.observers.say,
-            layout=partial(self._packing.lay_out, shifted=objective.shifted),
+            layout=partial(self._packing.lay_out, shifted=objective.shifted, world=self._world),
             laid_out=self._packing.layout,
             forget=self._packing.forget,
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
@@ -400,6 +427,7 @@ class Trainer(Keeping):
         run.notices = (
             *arguments.notices,
             self._precision.notice,
+            idle_gpus(arguments.device),
             self._optimizer_notice,
             *overrides.notices,
             *self._packing.notices,
@@ -436,6 +464,19 @@ class Trainer(Keeping):
             raise KeyboardInterrupt(message) from None
         raise TrainingInterrupted(message.splitlines()) from None
 
+    def _left_alone(self, run: Session, error: ElsewhereError) -> NoReturn:
+        """Save at the last finished step, and raise: another process has ended."""
+        run.abandon_step()
+        self.observers.tell(*run.progress.read())
+        if run.position.step and run.saved_at != run.position.step:
+            self._keep(run, whole=True)
+        self.observers.tell(run.ended_event("left alone"))
+        raise ElsewhereError(
+            f"It has said why. Training stopped at step {run.position.step} of "
+            f"{run.plan.steps}; {run.saved_in or 'no checkpoint'} is whole and the last.",
+            fix=f"Resume: {self.resume_command}",
+        ) from error
+
     def _out_of_memory(self, run: Session, full: Full) -> NoReturn:
         """Save at the last finished step, unless the update was cut short, and raise."""
         run.abandon_step()
@@ -450,6 +491,7 @@ class Trainer(Keeping):
     def _finish(self, run: Session) -> TrainOutput:
         metrics = {**run.metrics(), "total_flos": self.state.total_flos}
         self.log(metrics)
+        self._world.wait()  # the first has saved
         best = self._best(run)
         if best:
             adapters.restore(self.model, best)

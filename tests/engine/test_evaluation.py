@@ -65,9 +65,7 @@ def constant(nats: float, count: int) -> MicroBatch:
 
 def read(batches: list[MicroBatch], *, predict: Predict) -> Evaluation:
     room = Room()
-    return evaluate(
-        nn.Linear(1, 1), batches, lay_out=lambda batch, _: [batch], predict=predict, room=room
-    )
+    return evaluate(batches, lay_out=lambda batch, _: [batch], predict=predict, room=room)
 
 
 def predict(batch: MicroBatch) -> tuple[Tensor, None, None, None]:

@@ -1,5 +1,6 @@
 """One step: shares summed, clipped once, applied or not, and reported."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -22,6 +23,9 @@ class Told:
     def __init__(self, stop: int = -1) -> None:
         self.seen: list[Any] = []
         self.stop = stop
+
+    def backward(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def after_micro_batch(self, *, last: bool) -> None:
         self.seen.append(last)
@@ -129,7 +133,7 @@ def test_forward_and_backward_may_be_anothers() -> None:
 
     made.run_part = run
     assert made.step(BATCHES, Told()).gradient_norm == pytest.approx(17**0.5)
-    assert seen == [Whole(3, 2)] * 2
+    assert seen == [Whole(3, 2, tokens=6, positions=10)] * 2
 
 
 def test_a_plateau_schedule_waits_for_its_metric() -> None:

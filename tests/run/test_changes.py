@@ -65,3 +65,14 @@ def test_a_checkpoints_text_is_escaped() -> None:
 def test_the_page_says_so() -> None:
     page = (pages.DOCS / "resuming.md").read_text(encoding="utf-8")
     assert page == pages.resuming_page(), "run python -m tests.pages"
+
+
+def test_what_keeps_the_step_over_other_processes_is_said() -> None:
+    kept = {"step.examples": 16, "machine.processes": 2, "per_device_train_batch_size": 2}
+    now = kept | {"step.examples": 8, "machine.processes": 1}
+    hint = "gradient_accumulation_steps=8 keeps 16 examples a step with 1 process"
+    assert said(kept, now, accepted=True)[-1] == hint
+    with pytest.raises(ConfigError, match=hint):
+        said(kept, now, accepted=False)
+    for other in ({"machine.processes": 3}, {"step.examples": 16}, {"machine.processes": 2}):
+        assert "keeps" not in str(said(kept, now | other, accepted=True))

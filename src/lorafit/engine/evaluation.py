@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorafit.engine.layout import MicroBatch
 from lorafit.engine.room import Room
 from lorafit.model.base import modes_kept
+from lorafit.world import ALONE, World
 
 T = TypeVar("T")
 
@@ -96,15 +97,16 @@ class Groups:
             self._nats = self._nats.to(nats_N.device)
             self._nats.index_add_(0, groups_N.to(nats_N.device), nats_N)
 
-    def told(self) -> tuple[tuple[float, ...], tuple[int, ...]]:
-        """Nats, to six digits after the point, and tokens, of each group that has an example."""
+    def told(self, world: World = ALONE) -> tuple[tuple[float, ...], tuple[int, ...]]:
+        """Nats, to six digits after the point, and tokens, of each group that has an example, over
+        the processes that have worked on the set together."""
         count = min(self.seen, GROUPS)
-        nats = tuple(round(each, 6) for each in self._nats[:count].tolist())
-        return nats, tuple(self._tokens[:count].tolist())
+        nats_N = world.added_exactly(self._nats[:count].cpu())
+        nats = tuple(round(each, 6) for each in nats_N.tolist())
+        return nats, tuple(world.added(*self._tokens[:count].tolist()))
 
 
 def evaluate(
-    model: nn.Module,
     batches: Iterable[Any],
     *,
     lay_out: LayOut,
@@ -112,8 +114,9 @@ def evaluate(
     room: Room,
     step: int = 0,
     keep: Callable[[Predicted], None] | None = None,
+    world: World = ALONE,
 ) -> Evaluation:
-    """The mean loss over `batches`, with dropout off and without gradients.
+    """The mean loss over `batches`; the model is to be in evaluation (`measuring`).
 
     A micro-batch weighs by its supervised tokens; by its rows, where it has no "labels".
 
@@ -121,6 +124,7 @@ def evaluate(
         room: How much runs at a time.
         step: Where the run stands, for `room`'s events.
         keep: Given what was predicted of each micro-batch, for metrics and predictions.
+        world: The processes that evaluate together, each its share of the batches.
 
     Raises:
         Full: memory does not hold a single row.
@@ -130,8 +134,10 @@ def evaluate(
     has_loss = False
     started, groups = time.perf_counter(), Groups()
 
-    with measuring(model):
-        told = _predicted(batches, lay_out, predict=predict, room=room, step=step, groups=groups)
+    with world.jointly():
+        told = _predicted(
+            batches, lay_out, predict=predict, room=room, step=step, groups=groups, world=world
+        )
         for predicted in told:
             loss, weight = predicted.loss, predicted.weight
             has_loss |= loss is not None
@@ -140,10 +146,13 @@ def evaluate(
                 count += weight
             if keep is not None:
                 keep(predicted)
-    mean = float(nats) / count if count else float("nan")
-    each = groups.told() if math.isfinite(mean) else ((), ())
+    nats, count, losses = world.added_exactly(
+        torch.tensor([float(nats), count, has_loss], dtype=torch.float64)
+    ).tolist()
+    mean = nats / count if count else float("nan")
+    each = groups.told(world) if math.isfinite(mean) else ((), ())
     seconds = time.perf_counter() - started
-    return Evaluation(mean if has_loss else None, count, groups.seen, seconds, *each)
+    return Evaluation(mean if losses else None, int(count), groups.seen, seconds, *each)
 
 
 def _predicted(
@@ -154,8 +163,10 @@ def _predicted(
     room: Room,
     step: int,
     groups: Groups,
+    world: World,
 ) -> Generator[Predicted]:
-    """What is predicted of each micro-batch, in parts as small as memory needs."""
+    """What is predicted of each micro-batch of this process's batches, in parts as small as memory
+    needs."""
 
     def run(parts: Sequence[MicroBatch]) -> list[Predicted]:
         made: list[Predicted] = []
@@ -164,7 +175,10 @@ def _predicted(
             room.passed += 1
         return made
 
-    for batch, last in with_last(batches):
+    for number, (batch, last) in enumerate(with_last(batches)):
+        if not world.owns(number):
+            groups.seen += sum(part.rows for part in lay_out(batch, room.tokens))
+            continue
         made = room.held(partial(lay_out, batch), run, step=step)
         groups.add(made)
         yield from made[:-1]

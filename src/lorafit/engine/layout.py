@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lorafit.errors import DataError
 from lorafit.kernels.cross_entropy import IGNORE, supervised_tokens
+from lorafit.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,10 @@ def as_given(
     shifted: bool,
     draw: tuple[int, int] | None = None,
     most: int = sys.maxsize,
+    world: World = ALONE,
 ) -> list[MicroBatch]:
-    """One micro-batch for each batch that the collator made, in its order.
+    """One micro-batch for each batch that the collator made, in its order; of every so many
+    processes' batches one is this process's.
 
     Args:
         batches: Mappings, of tensors for the most part; what else a collator made goes through.
@@ -112,15 +115,15 @@ def as_given(
         most: Positions of a micro-batch: a batch of more runs in several, by rows, padding and all,
             if it is rows of tensors.
     """
-    parts = (part for batch in batches for part in _by_rows(batch, most=most))
-    made = [_micro_batch(part, shifted=shifted) for part in parts]
-    if draw is None or not all(is_plain(batch.inputs) for batch in made):
-        return made
-    firsts = accumulate((_examples(batch) for batch in made), initial=0)
-    return [
-        replace(batch, drawn=_drawn(batch, first, draw=draw))
-        for batch, first in zip(made, firsts, strict=False)
-    ]
+    numbered = [(n, part) for n, batch in enumerate(batches) for part in _by_rows(batch, most=most)]
+    made = [_micro_batch(part, shifted=shifted) for _, part in numbered]
+    if draw is not None and all(is_plain(batch.inputs) for batch in made):
+        firsts = accumulate((_examples(batch) for batch in made), initial=0)
+        made = [
+            replace(batch, drawn=_drawn(batch, first, draw=draw))
+            for batch, first in zip(made, firsts, strict=False)
+        ]
+    return [batch for (n, _), batch in zip(numbered, made, strict=True) if world.owns(n)]
 
 
 def _by_rows(batch: Any, *, most: int) -> Iterator[Any]:
@@ -195,9 +198,14 @@ class Document:
 
 
 def packed(
-    batches: Iterable[Mapping[str, Tensor]], *, budget: int, draw: tuple[int, int] | None = None
+    batches: Iterable[Mapping[str, Tensor]],
+    *,
+    budget: int,
+    draw: tuple[int, int] | None = None,
+    world: World = ALONE,
 ) -> list[MicroBatch]:
-    """The examples of padded batches, end to end in micro-batches of at most `budget` tokens.
+    """The examples of padded batches, end to end in micro-batches of at most `budget` tokens; those
+    that are this process's, of nearly as many tokens as any other's.
 
     None is split: one that is longer has a micro-batch for itself. Best fit, long ones first
     (Johnson 1973), so that few tokens of the budget are left over; the same for the same lengths.
@@ -210,7 +218,12 @@ def packed(
     kept = [place for place, document in enumerate(documents) if len(document.ids)]
     if not kept:
         kept, documents[0] = [0], _bare(documents[0])
-    bins = _even_bins([len(documents[place].ids) for place in kept], budget=budget)
+    others = [d.tokens for place, d in enumerate(documents) if place not in kept]
+    lengths = [len(documents[place].ids) for place in kept]
+    if world.size > 1:
+        own = fair(lengths, world.size)[world.number]
+        kept, lengths = [kept[number] for number in own], [lengths[number] for number in own]
+    bins = _even_bins(lengths, budget=budget) if kept else []
     made = []
     for members in bins:
         places = [kept[member] for member in members]
@@ -218,10 +231,22 @@ def packed(
         keys = torch.tensor([example_key(draw, place) for place in places] if draw else [])
         drawn = _by_token(keys, batch) if draw else None
         made.append(replace(batch, drawn=drawn, places=tuple(places)))
-    others = [d.tokens for place, d in enumerate(documents) if place not in kept]
+    if not world.is_first:  # which counts those that are left out
+        return made
     first, rest = made[0], made[1:]
     whole = replace(first, tokens=first.tokens + sum(others), examples=first.examples + len(others))
     return [whole, *rest]
+
+
+def fair(lengths: Sequence[int], shares: int) -> list[list[int]]:
+    """The indices of each share, whose lengths add up to nearly the same: longest first, each to
+    the share that has the least (Graham 1969)."""
+    made, held = [list[int]() for _ in range(shares)], [0] * shares
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        least = held.index(min(held))
+        made[least].append(index)
+        held[least] += lengths[index]
+    return [sorted(share) for share in made]
 
 
 def example_key(draw: tuple[int, int], place: int) -> int:

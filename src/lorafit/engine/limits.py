@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from lorafit import amounts
+from lorafit import amounts, processes
 from lorafit.errors import ConfigError
 
 UNLIMITED = 1 << 60
@@ -108,15 +108,16 @@ def trim() -> None:
 
 def _of_process() -> Iterator[Limit]:
     held = psutil.Process().memory_info()
-    own = held.rss
-    yield Limit(psutil.virtual_memory().available + own, "the machine's free memory")
+    own, sharing = held.rss, processes.here()
+    free = psutil.virtual_memory().available // sharing
+    yield Limit(free + own, "the machine's free memory")
     with suppress(OSError):
         mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8")
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8")
         for folder in cgroup_folders(groups, mounts):
             left = cgroup_left(folder, own)
             if left is not None:
-                yield Limit(left, f"the container's limit ({folder})")
+                yield Limit(own + (left - own) // sharing, f"the container's limit ({folder})")
     with suppress(ImportError):  # Windows has no such limits
         import resource
 

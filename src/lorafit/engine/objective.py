@@ -20,15 +20,29 @@ from lorafit.kernels.cross_entropy import summed_and_each, summed_nats, supervis
 from lorafit.kernels.lora import Counters
 from lorafit.model.documents import Runner
 from lorafit.model.lora import Drawn
+from lorafit.world import ALONE, World
 
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """The step that a micro-batch is part of: its supervised tokens over all micro-batches and
-    processes, and its number of micro-batches."""
+    """The step that a micro-batch is part of, over all micro-batches and processes: its supervised
+    tokens, its number of micro-batches, its real tokens, and those with their padding."""
 
     supervised: int
     batches: int
+    tokens: int = 0
+    positions: int = 0
+
+    @classmethod
+    def of(cls, parts: Sequence[MicroBatch], world: World = ALONE) -> "Whole":
+        """The step of which these are this process's part."""
+        totals = world.added(
+            sum(part.supervised for part in parts),
+            len(parts),
+            sum(part.tokens for part in parts),
+            sum(part.positions for part in parts),
+        )
+        return cls(*totals)
 
 
 @dataclass(frozen=True, slots=True)

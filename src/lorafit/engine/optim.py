@@ -24,6 +24,7 @@ from lorafit.arguments import TrainingArguments
 from lorafit.engine import moments
 from lorafit.errors import ConfigError
 from lorafit.model import quantised
+from lorafit.world import ALONE, World
 
 UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)", re.IGNORECASE)
 """Names whose parameters take no weight decay (the rule of transformers' Trainer)."""
@@ -47,13 +48,20 @@ class Updater:
     rounded into the parameter, whose dtype never changes. What is trainable and no optimiser holds
     counts in the gradient's norm, as in transformers.
 
+    Args:
+        world: The processes that step together: trained tensors become the first one's.
+
     Attributes:
         zero_grad: Forgets all gradients.
     """
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module | None = None) -> None:
-        self.optimizer = optimizer
+    def __init__(
+        self, optimizer: Optimizer, model: nn.Module | None = None, *, world: World = ALONE
+    ) -> None:
+        self.optimizer, self._world = optimizer, world
         held = {p for group in optimizer.param_groups for p in group["params"]}
+        trained = model.parameters() if model else ()
+        world.make_same(p for p in trained if p.requires_grad)
         trained = model.parameters() if model else ()
         self._others = [p for p in trained if p.requires_grad and p not in held]
         self.zero_grad = self._zero_all if self._others else optimizer.zero_grad
@@ -96,6 +104,10 @@ class Updater:
         self.optimizer.zero_grad()
         for parameter in self._others:
             parameter.grad = None
+
+    def add_up(self, loss: Tensor) -> None:
+        """Gradients, and `loss` in place, become their sums over processes."""
+        self._world.share_gradients(loss, self.parameters)
 
     def norm(self, *, max_norm: float) -> Tensor:
         """The total gradient norm (a scalar on the device); gradients are clipped to `max_norm`

@@ -174,7 +174,7 @@ class Room:
 
     def _too_close(self, parts: Sequence[MicroBatch]) -> _Short | None:
         """Whether these would come too close to the limit, where the kernel kills."""
-        if not self.limit:
+        if not (self.limit and parts):  # of several processes one may have none
             return None
         at = max(range(len(parts)), key=lambda at: parts[at].positions)
         peak, growth = limits.peak(), max(0, parts[at].positions - self._largest) * self.per_token
@@ -212,7 +212,7 @@ class Room:
 
     def _went_well(self, parts: Sequence[MicroBatch]) -> None:
         """Count it; after many try a larger size again."""
-        self._largest = max(self._largest, *(part.positions for part in parts))
+        self._largest = max([self._largest, *(part.positions for part in parts)])
         self._since, self._desperate = self._since + 1, False
         if self._now and self._since >= self._patience:
             self._since, larger = 0, 2 * self._now

@@ -1,11 +1,12 @@
 """One optimiser step on tensors: no files, no printing, no clock.
 
 Reads like the textbook: count the supervised tokens of the whole step; for each micro-batch run
-backward on its share of the loss; clip; update; report. Knows neither data sets nor schedules'
-names; the trainer decides what comes next.
+backward on its share of the loss; add up over processes; clip; update; report. Knows neither data
+sets nor schedules' names; the trainer decides what comes next.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -42,6 +43,10 @@ class StepResult:
 
 class Watch(Protocol):
     """Who is told inside a step; any of them may raise to abandon it, nothing applied."""
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Around all micro-batches; it ends once every process has run its own."""
+        ...
 
     def after_micro_batch(self, *, last: bool) -> None:
         """After each backward."""
@@ -80,23 +85,31 @@ class Engine:
         self.precision, self.max_norm = precision, max_norm
         self.run_part = run_part or self._run_part
 
-    def step(self, batches: Sequence[MicroBatch], watch: Watch) -> StepResult:
+    def step(
+        self, batches: Sequence[MicroBatch], watch: Watch, *, whole: Whole | None = None
+    ) -> StepResult:
         """One update on the examples of `batches`, whose gradients add up to the step's.
 
+        Args:
+            whole: The step over all processes; None: `batches` are all of it.
+
         Raises:
-            Whatever `watch` raises between micro-batches; call `abandon` then.
+            Whatever `watch` raises between micro-batches, here or in another process; call
+            `abandon` then.
         """
-        whole = Whole(sum(batch.supervised for batch in batches), len(batches))
+        whole = whole or Whole.of(batches)
         device = self.precision.device
         loss = torch.zeros((), device=device)
         self.model.train()
-        for index, batch in enumerate(batches):
-            loss += self.run_part(batch.to(device), whole)
-            watch.after_micro_batch(last=index + 1 == len(batches))
+        with watch.backward():
+            for index, batch in enumerate(batches):
+                loss += self.run_part(batch.to(device), whole)
+                watch.after_micro_batch(last=index + 1 == len(batches))
+        self.updater.add_up(loss)
         norm, applied = self._update(loss, watch)
-        tokens, positions = sum(b.tokens for b in batches), sum(b.positions for b in batches)
         rate = self._advance(applied)
-        return StepResult(loss, norm, applied, rate, tokens, positions, whole.supervised)
+        counts = (whole.tokens, whole.positions, whole.supervised)
+        return StepResult(loss, norm, applied, rate, *counts)
 
     def _run_part(self, batch: MicroBatch, whole: Whole) -> Tensor:
         part = self.objective.part(self.model, batch, whole=whole)

@@ -1,4 +1,4 @@
-"""`trainer.accelerator`: what scripts ask of accelerate's Accelerator, answered for one process.
+"""`trainer.accelerator`: what scripts ask of accelerate's Accelerator, answered by lorafit.
 
 accelerate itself is not used. What this lacks is named when it is asked for. Knows the precision of
 the run and nothing else of it.
@@ -12,29 +12,38 @@ from typing import Any, TextIO, TypeVar
 import torch
 from torch import Tensor, nn
 
+from lorafit import processes
 from lorafit.data import loader
+from lorafit.engine.layout import mapped
 from lorafit.engine.precision import Precision
+from lorafit.world import ALONE, World
 
 T = TypeVar("T")
 
 
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a function of the first process does elsewhere."""
+
+
 class Accelerator:
-    """One process on `precision`'s device; attributes and methods are accelerate's.
+    """This process of `world` on `precision`'s device; attributes and methods are accelerate's.
 
     Args:
         seed: Of the order that a prepared DataLoader of the script's own gets.
     """
 
-    is_main_process = is_local_main_process = is_last_process = True
-    num_processes = 1
-    process_index = local_process_index = 0
     sync_gradients = True
-    use_distributed = False
-    distributed_type = "NO"
 
-    def __init__(self, precision: Precision, *, seed: int) -> None:
-        self._precision, self._seed = precision, seed
+    def __init__(self, precision: Precision, world: World = ALONE, *, seed: int) -> None:
+        self._precision, self._seed, self._world = precision, seed, world
         self.device = precision.device
+        self.num_processes, self.process_index = world.size, world.number
+        self.local_process_index = processes.local_number()
+        self.is_main_process, self.is_last_process = world.is_first, world.number + 1 == world.size
+        self.is_local_main_process = self.local_process_index == 0
+        self.use_distributed = world.size > 1
+        on = {"cuda": "MULTI_GPU"}.get(self.device.type, "MULTI_CPU")
+        self.distributed_type = on if self.use_distributed else "NO"
 
     @property
     def mixed_precision(self) -> str:
@@ -50,11 +59,14 @@ class Accelerator:
     def print(
         self, *values: Any, sep: str = " ", end: str = "\n", file: TextIO | None = None
     ) -> None:
-        """Print, on the main process."""
+        """Print, on the first process of this machine."""
+        if not self.is_local_main_process:
+            return
         (file or sys.stdout).write(sep.join(map(str, values)) + end)
 
     def wait_for_everyone(self) -> None:
-        """Nothing: there is nobody to wait for."""
+        """Return once every process is here."""
+        self._world.wait()
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:  # noqa: ARG002
         """The model beneath torch.compile; a PEFT model stays one."""
@@ -62,26 +74,42 @@ class Accelerator:
         return model if beneath is None else beneath
 
     def gather(self, tensor: T) -> T:
-        """What every process has: this one's."""
-        return tensor
+        """What every process has, joined in the first dimension; tensors within lists and mappings
+        too."""
+        return mapped(tensor, lambda own: self._world.gathered(own).to(own.device))
 
     def gather_for_metrics(self, input_data: T, use_gather_object: bool = False) -> T:  # noqa: ARG002
         """The same."""
-        return input_data
+        return self.gather(input_data)
 
-    def reduce(self, tensor: T, reduction: str = "sum", scale: float = 1.0) -> T:  # noqa: ARG002
-        """The sum or mean over processes: this one's."""
-        return tensor
+    def reduce(self, tensor: T, reduction: str = "sum", scale: float = 1.0) -> T:
+        """The sum over processes (the mean, or this one's with "none"), times `scale`."""
+        return mapped(tensor, lambda own: self._reduced(own, reduction, scale=scale))
+
+    def _reduced(self, own: Tensor, reduction: str, *, scale: float) -> Tensor:
+        if reduction == "none" or self._world.size == 1:
+            return own
+        total = self._world.gathered(own[None]).sum(0).to(own) * scale
+        return total / self._world.size if reduction == "mean" else total
 
     def pad_across_processes(
         self,
         tensor: T,
-        dim: int = 0,  # noqa: ARG002 accelerate's signature
-        pad_index: int = 0,  # noqa: ARG002
-        pad_first: bool = False,  # noqa: ARG002
+        dim: int = 0,
+        pad_index: int = 0,
+        pad_first: bool = False,
     ) -> T:
-        """The tensor: no other process has a longer one."""
-        return tensor
+        """The tensor, as long in dimension `dim` as the longest process's."""
+
+        def padded(own: Tensor) -> Tensor:
+            missing = self._world.highest(own.shape[dim])[0] - own.shape[dim]
+            if not missing:
+                return own
+            shape = [missing if at == dim % own.ndim else n for at, n in enumerate(own.shape)]
+            filling = own.new_full(shape, pad_index)
+            return torch.cat([filling, own] if pad_first else [own, filling], dim)
+
+        return mapped(tensor, padded)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of `loss`, scaled with fp16."""
@@ -104,14 +132,15 @@ class Accelerator:
 
     @contextmanager
     def main_process_first(self) -> Generator[None]:
-        """The main process runs ahead; it is the only one."""
-        yield
+        """The first process runs ahead, of all machines'."""
+        with self._world.first_ahead():
+            yield
 
     local_main_process_first = main_process_first
 
     def on_main_process(self, function: Callable[..., T]) -> Callable[..., T]:
-        """A decorator: run on the main process."""
-        return function
+        """A decorator: run on the first process; elsewhere what it makes returns None."""
+        return function if self.is_main_process else _nothing  # type: ignore[return-value]
 
     on_local_main_process = on_main_process
 

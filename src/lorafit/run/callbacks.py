@@ -22,7 +22,7 @@ from transformers.trainer_utils import (
     speed_metrics,
 )
 
-from lorafit import foreign
+from lorafit import foreign, processes
 from lorafit.errors import ConfigError
 from lorafit.panel import fits
 
@@ -119,7 +119,8 @@ class Callbacks:
         self.state.train_batch_size = batch_size
         self.state.compute_steps(self.arguments, max_steps)
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
-        self.state.is_local_process_zero = self.state.is_world_process_zero = True
+        self.state.is_world_process_zero = processes.number() == 0
+        self.state.is_local_process_zero = processes.local_number() == 0
         count: Any = getattr(self.handler.model, "num_parameters", None)
         counted: Any = count(exclude_embeddings=True) if callable(count) else 0
         self._flops_per_position = 6.0 * counted

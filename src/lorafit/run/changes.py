@@ -91,7 +91,7 @@ def said(kept: Mapping[str, Any], now: Mapping[str, Any], *, accepted: bool) -> 
     Raises:
         ConfigError: the run cannot go on with them, or would be another and that is not `accepted`.
     """
-    found = since(kept, now)
+    found, hint = since(kept, now), _step_kept(kept, now)
     if found.impossible:
         raise ConfigError(
             f"The checkpoint's run cannot go on with {', '.join(found.impossible)}.",
@@ -102,13 +102,32 @@ def said(kept: Mapping[str, Any], now: Mapping[str, Any], *, accepted: bool) -> 
         raise ConfigError(
             ["The checkpoint was made by another run:", *(f"  {line}" for line in found.changes)],
             why="Going on would be neither that run nor this one.",
-            fix="Put these back, or go on all the same: --accept (accept=True in Python).",
+            fix=[
+                "Put these back, or go on all the same: --accept (accept=True in Python).",
+                *([hint] if hint else []),
+            ],
         )
     lines = {
         "changes the run and differs from the checkpoint's: ": found.changes,
         "goes on to rounding, not bit for bit: ": found.rounding,
     }
-    return [line + ", ".join(which) for line, which in lines.items() if which]
+    told = [line + ", ".join(which) for line, which in lines.items() if which]
+    return [*told, *([hint] if hint else [])]
+
+
+def _step_kept(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """How a step keeps its examples over another number of processes; empty where it does."""
+    names = "step.examples", "machine.processes", "per_device_train_batch_size"
+    if not all(kept.get(name) and now.get(name) for name in names):
+        return ""
+    (wanted, before, _), (found, processes, batch) = (
+        [facts[name] for name in names] for facts in (kept, now)
+    )
+    accumulated, rest = divmod(wanted, processes * batch)
+    if before == processes or wanted == found or rest:
+        return ""
+    many = "1 process" if processes == 1 else f"{processes} processes"
+    return f"gradient_accumulation_steps={accumulated} keeps {wanted} examples a step with {many}"
 
 
 def since(kept: Mapping[str, Any], now: Mapping[str, Any]) -> Changes:

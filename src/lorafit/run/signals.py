@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
+from lorafit.processes import Asked
+
 STOPS = (signal.SIGINT, signal.SIGTERM)
 SAVES: tuple[signal.Signals, ...] = (signal.SIGUSR1,) if sys.platform != "win32" else ()
 HANDLED = (*STOPS, *SAVES)
@@ -21,14 +23,6 @@ HANDLED = (*STOPS, *SAVES)
 ECHO = 2.0
 """Seconds in which a second signal under torchrun is the first one's echo: schedulers signal every
 process, and torchrun passes on to its workers what it was sent itself."""
-
-
-class Asked(Exception):
-    """Raised at a poll after a signal came; `number` is the signal's."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.number = number
 
 
 class Signals:
