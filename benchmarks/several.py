@@ -78,7 +78,7 @@ def work(steps: int, count: int) -> None:
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     costs = exchanges(join(torch.device("cpu")), trained)
     if trainer.is_world_process_zero():
-        print("TOLD", json.dumps({"rate": rate, "numbers": sum(map(len, trained)), **costs}))
+        print("TOLD", json.dumps({"rate": rate, **costs}))
 
 
 def launched(count: int, steps: int, cores: int) -> list[str]:

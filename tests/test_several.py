@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from transformers import TrainerCallback
 
 import lorafit
@@ -21,11 +21,13 @@ from lorafit import processes
 from lorafit.data.collate import PadCollator
 from lorafit.engine.layout import fair
 from lorafit.errors import ConfigError
+from lorafit.events import Notice
 from lorafit.model import adapters
 from lorafit.run import store
 from lorafit.world import idle_gpus, join
 from tests.several import Failed, together
-from tests.tiny import adapter, arguments, llama, numbers, plain, same
+from tests.test_watching import memorising
+from tests.tiny import adapter, arguments, events_of, llama, numbers, plain, same
 
 
 def slow(*values: Any) -> Any:
@@ -322,19 +324,24 @@ def test_a_signal_to_torchrun_saves_within_its_time(tiny_llama: Path, tmp_path: 
     assert store.newest(out)[0] != saved
 
 
+def memorised(folder: Path) -> dict[str, Any]:
+    """A run that is to stop where it memorises: 4 examples a step, whatever the processes."""
+    trainer = memorising(folder, gradient_accumulation_steps=2 // processes.count())
+    trainer.train()
+    return {"adapter": adapter(trainer), "steps": trainer.state.global_step}
+
+
 @pytest.mark.slow
-def test_a_run_of_several_stops_where_it_memorises(tmp_path: Path) -> None:
+def test_several_stop_where_they_memorise(tmp_path: Path) -> None:
     """The first process's journal decides, and the best adapter is every one's."""
-    given = {
-        "stop_when_memorising": True, "memorising_patience": 1, "num_train_epochs": 30,
-        "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps",
-        "save_steps": 3, "lr_scheduler_type": "constant",
-    }  # fmt: skip
-    found = together(2, trained, tmp_path, given)
-    assert_together(found)
-    (ended,) = [line for line in journal(tmp_path) if line["event"] == "RunEnded"]
-    assert ended["reason"] == "stopped" and found[0]["steps"] < 90
-    assert same(found[0]["adapter"], adapters.read_adapter_state(Path(ended["restored"])))
+    one = memorised(tmp_path / "one")
+    first, second = together(2, memorised, tmp_path / "several")
+    (ended,) = [line for line in journal(tmp_path / "several") if line["event"] == "RunEnded"]
+    assert ended["reason"] == "stopped" and ended["restored"]
+    assert first["steps"] == second["steps"] == one["steps"]
+    assert same(first["adapter"], second["adapter"]) and far(one, first) < 1e-4
+    kept = adapters.read_adapter_state(Path(ended["restored"]))
+    assert same(first["adapter"], kept)
 
 
 # ---- what is refused
@@ -365,6 +372,32 @@ def test_processes_without_a_gpu_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=r"2 processes were started.*GPUs visible: 1\.\n.*\n.*1"):
         join(torch.device("cuda", 1))
+
+
+class Split(IterableDataset):
+    """A stream that deals its rows out by process."""
+
+    def __iter__(self):
+        return iter(plain(12)[processes.number() :: processes.count()])
+
+
+def split(folder: Path, layout: str) -> tuple[list[str], str]:
+    """What is said of it, and the error."""
+    args = arguments(folder, max_steps=1, layout=layout)
+    trainer = lorafit.Trainer(llama(), args, PadCollator(0), train_dataset=Split())
+    with events_of(trainer) as told:
+        try:
+            trainer.train()
+        except ConfigError as error:
+            return [], str(error)
+    return [event.text for event in told if isinstance(event, Notice)], ""
+
+
+def test_rows_dealt_out_by_process_are_noticed(tmp_path: Path) -> None:
+    for _, error in together(2, split, tmp_path, "packed"):
+        assert "different rows for a step" in error and "split_dataset_by_node" in error
+    (said, error), _ = together(2, split, tmp_path, "as_given")
+    assert not error and sum("different rows" in line for line in said) == 1
 
 
 class Apart(lorafit.Trainer):

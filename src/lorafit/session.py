@@ -5,12 +5,13 @@ the run are `run/progress.py`'s. Decides nothing: the trainer does.
 """
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import nn
@@ -226,6 +227,8 @@ class Session:
                 whole.append(Whole.of(parts, self.world))
             return self.engine.step(parts, self.watch, whole=whole[0])
 
+        if self.world.size > 1:
+            self._check_alike(step.batches)
         with self._numbers_of_its_own() if self.world.size > 1 else nullcontext():
             before = checkpoint.random_state()
             return self.room.held(
@@ -234,6 +237,29 @@ class Session:
                 step=number + 1,
                 again=again,
             )
+
+    def _check_alike(self, batches: Sequence[Any]) -> None:
+        """Nothing, if every process has read the same rows, of which it takes its share.
+
+        Raises:
+            ConfigError: they have not, and shares are dealt out by length. As given, where rows may
+                be drawn anew by each process, it is said once.
+        """
+        ids = (b["input_ids"] for b in batches if isinstance(b, Mapping) and "input_ids" in b)
+        seen = crc32(b"".join(str(rows.tolist()).encode() for rows in ids))
+        high, low = self.world.highest(seen, -seen)
+        if high == -low:
+            return
+        told = (
+            "The processes have read different rows for a step.",
+            "Each takes its share of a step's rows, and so must see them all.",
+            "Leave out what deals rows out by process (split_dataset_by_node), and seed what draws "
+            "rows alike in each.",
+        )
+        if self.laid_out == "packed":
+            raise ConfigError(told[0], why=told[1], fix=told[2])
+        if self.position == self.began:
+            self.say(" ".join(told))
 
     @contextmanager
     def _numbers_of_its_own(self) -> Generator[None]:

@@ -19,6 +19,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import lorafit
 from lorafit import cli
+from lorafit.run import report
 from lorafit.run.store import JOURNAL
 from tests import tiny
 from tests.conftest import shared_folder
@@ -141,7 +142,12 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+PAGE_PARTS = ("frame.html.j2", "report.html.j2", "plot.html.j2")
+
+
 def warm() -> None:
     """What every run would load first, once, before processes are forked from this one."""
     torch.set_num_threads(1)
     given()
+    for part in PAGE_PARTS:
+        report._templates().get_template(part)

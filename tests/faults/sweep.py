@@ -113,16 +113,16 @@ PYTHON = [
     Faults("read-only", "read-only file system from there on", "FROM", "EROFS", stride=5),
 ]
 COMMAND = [
-    Faults("kill", "`kill -9` before it", "KILL", stride=4),
-    Faults("full", "disk full from there on", "FROM", "ENOSPC", stride=4),
-    Faults("error", "input/output error, once", "ONCE", "EIO", stride=4),
+    Faults("kill", "`kill -9` before it", "KILL", stride=8),
+    Faults("full", "disk full from there on", "FROM", "ENOSPC", stride=8),
+    Faults("error", "input/output error, once", "ONCE", "EIO", stride=8),
 ]
 THEIRS = [  # a point takes four times as long as one of ours
-    Faults("kill", "", "KILL", stride=2),
-    Faults("tear", "", "TEAR", only=("WRITE",), stride=2),
-    Faults("full", "", "FROM", "ENOSPC", stride=4),
-    Faults("full-once", "", "ONCE", "ENOSPC", stride=4),
-    Faults("error", "", "ONCE", "EIO", stride=4),
+    Faults("kill", "", "KILL", stride=4),
+    Faults("tear", "", "TEAR", only=("WRITE",), stride=4),
+    Faults("full", "", "FROM", "ENOSPC", stride=8),
+    Faults("full-once", "", "ONCE", "ENOSPC", stride=8),
+    Faults("error", "", "ONCE", "EIO", stride=8),
 ]
 SWEEPS = {"python": PYTHON, "command": COMMAND, "theirs": THEIRS}
 
@@ -205,7 +205,7 @@ def seeded(pool: Pool, *, only: str, stride: int) -> Iterator[Row]:
     if "python power".startswith(only):
         size = len(pool._workers)
         jobs = [
-            {"job": "power_loss", "run": "python", "seed": SEED, "states": 1 if stride else 6}
+            {"job": "power_loss", "run": "python", "seed": SEED, "states": 1 if stride else 4}
             | {"part": n, "parts": size}
             for n in range(size)
         ]
