@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,50 @@ def test_a_wish_for_a_checkpoint_reaches_the_first(tmp_path: Path) -> None:
     assert [path.name for _, path in store.checkpoints(tmp_path)] == ["checkpoint-2"]
 
 
+class Demands(TrainerCallback):
+    """On the first process alone, in the middle of what is done after a step; and on a resumed
+    state, that each process knows which it is."""
+
+    def on_log(self, args, state, control, **context):
+        control.should_evaluate = not processes.number() and state.global_step == 2
+        assert state.is_world_process_zero == (processes.number() == 0)
+
+
+def test_what_the_first_asks_for_while_logging_all_do(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"callbacks": [Demands], "save_strategy": "steps", "save_steps": 3}
+    assert_together(together(2, trained, tmp_path, given))
+    read = [line["step"] for line in journal(tmp_path) if line["event"] == "Evaluated"]
+    assert 2 in read
+    assert_together(together(2, trained, tmp_path, given | {"resume": True, "max_steps": 8}))
+
+
+class WaitsToSave(TrainerCallback):
+    """The first hears of it between two exchanges, while it waits for the second."""
+
+    def on_step_end(self, args, state, control, **context):
+        if state.global_step == 2 and processes.number():
+            time.sleep(1.5)
+        elif state.global_step == 2:
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+
+
+def test_a_wish_that_comes_between_two_words_is_kept(tmp_path: Path) -> None:
+    assert_together(together(2, trained, tmp_path, {"callbacks": [WaitsToSave]}))
+    assert [path.name for _, path in store.checkpoints(tmp_path)] == ["checkpoint-2"]
+
+
+class FirstDies(TrainerCallback):
+    def on_substep_end(self, args, state, control, **context):
+        if not processes.number() and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_where_the_first_dies_nobody_claims_to_have_saved(tmp_path: Path) -> None:
+    first, second = together(2, trained, tmp_path, {"callbacks": [FirstDies]})
+    assert (first.kind, second.kind) == ("Silence", "ElsewhereError")
+    assert "no checkpoint is whole" in second.text and not store.checkpoints(tmp_path)
+
+
 class Breaks(TrainerCallback):
     def on_substep_end(self, args, state, control, **context):
         if processes.number() == 1 and state.global_step == 1:
@@ -439,7 +484,7 @@ def asked_of_accelerator(folder: Path) -> list[Any]:
         (ours.num_processes, ours.process_index, ours.is_main_process, ours.is_last_process),
         ours.gather(own).tolist(), ours.gather_for_metrics({"a": own})["a"].tolist(),
         ours.reduce(own).tolist(), ours.reduce(own, "mean").tolist(), longer.tolist(),
-        ours.on_main_process(lambda: "said")(),
+        ours.on_main_process(lambda: "said")(), ours.gather(own > 0).tolist(),
         (args.world_size, args.process_index, args.local_process_index, args.should_save),
         args.parallel_mode.value, args.effective_batch_size,
     ]  # fmt: skip
@@ -452,8 +497,9 @@ def test_accelerators_questions(tmp_path: Path) -> None:
     assert (first[3], second[4]) == ([1.0], [0.5])
     assert (first[5], second[5]) == ([1.0, 7.0], [1.0, 1.0])
     assert (first[6], second[6]) == ("said", None)
-    assert first[7] == (2, 0, 0, True) and second[7] == (2, 1, 1, False)
-    assert first[8:] == ["distributed", 8]
+    assert first[7] == second[7] == [False, True]
+    assert first[8] == (2, 0, 0, True) and second[8] == (2, 1, 1, False)
+    assert first[9:] == ["distributed", 8]
 
 
 # ---- beside transformers' Trainer

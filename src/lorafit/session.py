@@ -44,10 +44,14 @@ _MOMENTS, _BESIDE_WEIGHTS = 12, 1 << 20
 bytes of a checkpoint's small files."""
 
 _FLAGS = (
-    *("should_training_stop", "should_epoch_stop", "should_save", "should_evaluate"),
     "should_log",
+    "should_evaluate",
+    "should_save",
+    "should_epoch_stop",
+    "should_training_stop",
 )
-"""Of transformers' TrainerControl."""
+_ACTS = 3
+"""Of transformers' TrainerControl; the first so many ask for something at once."""
 
 Layout = Callable[..., Sequence[MicroBatch]]
 """The collated batches of a step, a number of tokens, and `step`, its number -> its micro-batches,
@@ -104,7 +108,8 @@ class Session:
     at the beginning of the epoch; `saved_in` is the whole checkpoint that was saved at step
     `saved_at`, None before the first. `made_with`: see `RunState`. `say` tells a person a line. So
     many `samples` are shown at each reading; `planned` bytes, 0: unknown. `lowest` is the step of
-    the lowest evaluation loss, kept up to date where memorising is watched for."""
+    the lowest evaluation loss, kept up to date where memorising is watched for. `saving`: a signal
+    to any process has asked for a checkpoint that is not there yet."""
 
     arguments: TrainingArguments
     plan: Plan
@@ -136,6 +141,7 @@ class Session:
     samples: int = 0
     planned: int = 0
     lowest: int | None = None
+    saving: bool = False
     cost: Cost = field(init=False)
 
     def __post_init__(self) -> None:
@@ -275,12 +281,15 @@ class Session:
         with self.world.jointly():
             self.signals.poll()
 
-    def agree(self, control: Any) -> None:
-        """Let the first process's control flags, and a wish for a checkpoint, be every one's."""
+    def agree(self, control: Any) -> bool:
+        """Let the first process's control flags, and any one's wish for a checkpoint, be every
+        one's; whether logging, evaluating or saving is asked for now."""
+        wished, self.signals.save = self.signals.save, False
         own = [self.world.is_first and vars(control)[name] for name in _FLAGS]
-        saves, *flags = map(bool, self.world.highest(self.signals.save, *own))
-        self.signals.save = saves
+        saves, *flags = map(bool, self.world.highest(wished, *own))
+        self.saving = self.saving or saves
         vars(control).update(zip(_FLAGS, flags, strict=True))
+        return self.saving or any(flags[:_ACTS])
 
     def finish_step(self, result: StepResult, *, of: StepBatches) -> None:
         """Move on by one step, the one `of` these batches."""
@@ -303,9 +312,9 @@ class Session:
     def save_is_asked(self) -> bool:
         """Whether a signal wants a checkpoint that is not there yet; answers it."""
         here = self.position.step
-        if not (self.signals.save and here):
+        if not (self.saving and here):
             return False
-        self.signals.save = False
+        self.saving = False
         return here != self.saved_at
 
     def exhausted(self) -> str:

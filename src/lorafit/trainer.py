@@ -221,15 +221,13 @@ class Trainer(Keeping):
 
     def _act(self, run: Session) -> None:
         """What the callbacks' control asks for; a reading that is due."""
-        if self._world.size > 1:
-            run.agree(self.control)
-        asked = self._callbacks.asks() or run.watch.signals.save
+        asked = run.agree(self.control)
         if asked:
             self._do_as_asked(run)
         due = run.reading_is_due()
         if due:
             self._read_unasked(run)
-        if (asked or due) and self._world.size > 1:
+        if asked or due:  # callbacks were told, and may ask for more
             run.agree(self.control)
 
     def _do_as_asked(self, run: Session) -> None:
@@ -237,6 +235,7 @@ class Trainer(Keeping):
         self.observers.tell(*run.progress.read())
         if self.control.should_log:
             self._log_window(run)
+            run.agree(self.control)
         if self.control.should_evaluate:
             self._evaluate_in_run(run)
             self._take_reading(run, PROBE)
@@ -276,7 +275,8 @@ class Trainer(Keeping):
         decides = arguments.metric_for_best_model or arguments.save_strategy == "best"
         if not (decides or isinstance(schedule, ReduceLROnPlateau)):
             return
-        value, state = deciding_metric(arguments, metrics), self.state
+        value = self._world.first(lambda: float(deciding_metric(arguments, metrics)))
+        state = self.state
         if isinstance(schedule, ReduceLROnPlateau):
             schedule.step(value)
         if not decides:
@@ -468,7 +468,7 @@ class Trainer(Keeping):
         """Save at the last finished step, and raise: another process has ended."""
         run.abandon_step()
         self.observers.tell(*run.progress.read())
-        if run.position.step and run.saved_at != run.position.step:
+        if self._world.is_first and run.position.step and run.saved_at != run.position.step:
             self._keep(run, whole=True)
         self.observers.tell(run.ended_event("left alone"))
         raise ElsewhereError(
@@ -491,7 +491,8 @@ class Trainer(Keeping):
     def _finish(self, run: Session) -> TrainOutput:
         metrics = {**run.metrics(), "total_flos": self.state.total_flos}
         self.log(metrics)
-        self._world.wait()  # the first has saved
+        if run.lowest or self.state.best_model_checkpoint:
+            self._world.wait()  # until the first has saved it
         best = self._best(run)
         if best:
             adapters.restore(self.model, best)

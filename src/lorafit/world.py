@@ -137,11 +137,12 @@ class Several(World):
 
     def gathered(self, tensor: Tensor) -> Tensor:
         """On the host."""
-        own = tensor.detach().cpu().contiguous()
-        every = [torch.empty_like(own) for _ in range(self.size)]
+        own = torch.atleast_1d(tensor.detach().cpu()).contiguous()
+        sent = own.flatten().view(torch.uint8)  # gloo does not know every dtype
+        every = [torch.empty_like(sent) for _ in range(self.size)]
         with _heeding():
-            dist.all_gather(every, own, group=self.host)
-        return torch.cat([each[None] if each.ndim == 0 else each for each in every])
+            dist.all_gather(every, sent, group=self.host)
+        return torch.cat([each.view(own.dtype).view_as(own) for each in every])
 
     def wait(self) -> None:
         """For a day at most."""

@@ -44,10 +44,10 @@ def test_callbacks_get_what_transformers_gives() -> None:
 
 def test_what_is_asked_is_seen() -> None:
     made = callbacks(logging_steps=2, save_strategy="no")
-    assert not made.asks() and not made.says_stop()
+    assert not made.control.should_log and not made.says_stop()
     made.moved(2, 0.4, seen=Seen())
     made.fire("on_step_end")
-    assert made.asks() and not made.says_stop()
+    assert made.control.should_log and not made.says_stop()
     made.moved(10, 2.0, seen=Seen())
     made.fire("on_step_end")
     assert made.says_stop()

@@ -16,6 +16,7 @@ from lorafit import processes
 from lorafit.data import loader
 from lorafit.engine.layout import mapped
 from lorafit.engine.precision import Precision
+from lorafit.errors import ConfigError
 from lorafit.world import ALONE, World
 
 T = TypeVar("T")
@@ -78,8 +79,13 @@ class Accelerator:
         too."""
         return mapped(tensor, lambda own: self._world.gathered(own).to(own.device))
 
-    def gather_for_metrics(self, input_data: T, use_gather_object: bool = False) -> T:  # noqa: ARG002
-        """The same."""
+    def gather_for_metrics(self, input_data: T, use_gather_object: bool = False) -> T:
+        """The same; tensors alone are sent."""
+        if use_gather_object and self._world.size > 1:
+            raise ConfigError(
+                "trainer.accelerator.gather_for_metrics: objects are not sent, tensors are.",
+                fix="torch.distributed.all_gather_object(...) sends anything.",
+            )
         return self.gather(input_data)
 
     def reduce(self, tensor: T, reduction: str = "sum", scale: float = 1.0) -> T:
@@ -102,6 +108,8 @@ class Accelerator:
         """The tensor, as long in dimension `dim` as the longest process's."""
 
         def padded(own: Tensor) -> Tensor:
+            if dim >= own.ndim:
+                return own
             missing = self._world.highest(own.shape[dim])[0] - own.shape[dim]
             if not missing:
                 return own

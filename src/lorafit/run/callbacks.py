@@ -78,6 +78,10 @@ class Seen(Protocol):
     positions: int
 
 
+_PLACES = ("is_world_process_zero", "is_local_process_zero")
+"""What a state says of the process that has it."""
+
+
 class Callbacks:
     """The handler with the arguments, state and control it passes to every callback.
 
@@ -101,7 +105,7 @@ class Callbacks:
             None,
         )
         self.control = TrainerControl()
-        self.state: Any = TrainerState(stateful_callbacks=self._stateful())
+        self.state: Any = self._fresh_state()
         self._flops_per_position = 0.0
         self.fire("on_init_end")
 
@@ -112,15 +116,20 @@ class Callbacks:
         ours = any(isinstance(callback, _OURS) for callback in known)
         return ours and all(isinstance(c, _OURS) for c in known if isinstance(c, _THEIRS))
 
+    def _fresh_state(self) -> TrainerState:
+        return TrainerState(
+            stateful_callbacks=self._stateful(),
+            is_world_process_zero=processes.number() == 0,
+            is_local_process_zero=processes.local_number() == 0,
+        )
+
     def begin(self, *, max_steps: int, epochs: int, batch_size: int) -> None:
         """A fresh state for a run of `max_steps` optimiser steps."""
         self.control = TrainerControl()
-        self.state = TrainerState(stateful_callbacks=self._stateful())
+        self.state = self._fresh_state()
         self.state.train_batch_size = batch_size
         self.state.compute_steps(self.arguments, max_steps)
         self.state.max_steps, self.state.num_train_epochs = max_steps, epochs
-        self.state.is_world_process_zero = processes.number() == 0
-        self.state.is_local_process_zero = processes.local_number() == 0
         count: Any = getattr(self.handler.model, "num_parameters", None)
         counted: Any = count(exclude_embeddings=True) if callable(count) else 0
         self._flops_per_position = 6.0 * counted
@@ -140,10 +149,6 @@ class Callbacks:
         counted = {"no": 0, "all": seen.positions, "non_padding": seen.tokens}
         state.num_input_tokens_seen = counted[self.arguments.include_num_input_tokens_seen]
 
-    def asks(self) -> bool:
-        """Whether logging, evaluating or saving is asked for now."""
-        return self.control.should_log or self.control.should_evaluate or self.control.should_save
-
     def says_stop(self) -> bool:
         """Whether the epoch, or all of training, is to end here."""
         return self.control.should_epoch_stop or self.control.should_training_stop
@@ -160,7 +165,7 @@ class Callbacks:
         fresh, self.state = self.state, saved
         for name in ("max_steps", "num_train_epochs", "train_batch_size"):
             setattr(saved, name, getattr(fresh, name))
-        for name in ("logging_steps", "eval_steps", "save_steps"):
+        for name in ("logging_steps", "eval_steps", "save_steps", *_PLACES):
             setattr(saved, name, getattr(fresh, name))
         control = _parts(saved.stateful_callbacks.pop("TrainerControl", {}))
         self.control.should_evaluate = control.get("should_evaluate") is True
