@@ -112,6 +112,7 @@ HABITS = (
     ("`group_by_length`", "different", "another shuffle, which resuming can compute again"),
     ("several processes under torchrun", "same", "the last step of an epoch is not filled up with "
      "rows from its beginning; every process reads a step's rows and takes its share, so leave "
-     "a `DistributedSampler` out; every process predicts all rows (several.md)"),
+     "a `DistributedSampler` out; every process predicts all rows; gradients are summed, so a loss "
+     "of yours is not to be multiplied by `num_processes` (several.md)"),
 )  # fmt: skip
 """What scripts rely on besides names."""

@@ -222,6 +222,17 @@ def test_ctrl_c_saves_and_the_printed_command_resumes(
     assert [e["step"] for e in steps if e["event"] == "StepEnd"] == list(range(1, step + 3))
 
 
+def test_a_mistake_is_said_once_on_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = ("train", "--model", "/nope", "--data", "/nope", "--learning-rate", "-1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for number, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("LOCAL_RANK", number)
+        done = invoke(*wrong)
+        assert done.exit_code == 2 and ("learning_rate" in done.output) == said
+    monkeypatch.setenv("WORLD_SIZE", "many")
+    assert not cli._is_told_elsewhere(ConfigError("many is no number"))
+
+
 @pytest.mark.parametrize("words", [["--resume-from-checkpoint", "auto"], ["--overwrite"], []])
 def test_the_command_that_resumes_is_whole(
     words: list[str], monkeypatch: pytest.MonkeyPatch

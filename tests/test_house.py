@@ -23,9 +23,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lorafit"
 
 # docs/decisions/0014-several-processes.md
-FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_840, 25_300
+FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_900, 25_400
 ROOM_CODE = {  # "" is the files at the top, together
-    "": 5_020,  # docs/decisions/0014-several-processes.md
+    "": 5_060,  # docs/decisions/0014-several-processes.md
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
     "model": 2_275,
     "kernels": 1_200,

@@ -40,7 +40,7 @@ def trained(folder: Path, given: dict[str, Any]) -> dict[str, Any]:
     given = dict(given)
     resume, dropout = given.pop("resume", None), given.pop("dropout", 0.0)
     callbacks = [make() for make in given.pop("callbacks", [])]
-    model = llama(dropout=dropout)
+    model = llama(dropout=dropout, dtype=given.pop("dtype", torch.float32))
     if processes.number():  # as a script that seeds nothing: the first one's weights are taken
         with torch.no_grad():
             next(p for p in model.parameters() if p.requires_grad).add_(1.0)
@@ -126,6 +126,16 @@ def test_processes_change_nothing(layout: str, count: int, tmp_path: Path) -> No
     assert_together(found)
     assert_curve(one, found[0])
     assert [each["first"] for each in found] == [True, *[False] * (count - 1)]
+
+
+def test_sixteen_bit_adapters_are_added_up_in_their_masters(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"dtype": torch.bfloat16, "layout": "as_given"}
+    one = alone(tmp_path / "one", **given)
+    found = together(2, trained, tmp_path / "several", given)
+    assert_together(found)
+    for (loss, norm), (theirs, their_norm) in zip(one["losses"], found[0]["losses"], strict=True):
+        assert loss == pytest.approx(theirs, rel=1e-3)
+        assert norm == pytest.approx(their_norm, rel=2e-2)
 
 
 def test_the_first_process_writes(tmp_path: Path) -> None:
@@ -264,6 +274,25 @@ def test_what_the_first_asks_for_while_logging_all_do(tmp_path: Path) -> None:
     assert_together(together(2, trained, tmp_path, given | {"resume": True, "max_steps": 8}))
 
 
+class SavesTheBest(TrainerCallback):
+    """On the first process alone, after an evaluation."""
+
+    def on_evaluate(self, args, state, control, **context):
+        control.should_save = not processes.number() and state.global_step == 2
+
+
+@pytest.mark.slow
+def test_what_the_first_asks_for_after_an_evaluation_all_know(tmp_path: Path) -> None:
+    given = {
+        "callbacks": [SavesTheBest], "eval_strategy": "steps", "eval_steps": 2, "save_steps": 6,
+        "save_strategy": "steps", "load_best_model_at_end": True, "max_steps": 6,
+        "learning_rate": 0.5, "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    found = together(2, trained, tmp_path, given)
+    assert_together(found)
+    assert {path.name for _, path in store.checkpoints(tmp_path)} >= {"checkpoint-2"}
+
+
 class WaitsToSave(TrainerCallback):
     """The first hears of it between two exchanges, while it waits for the second."""
 
@@ -288,7 +317,7 @@ class FirstDies(TrainerCallback):
 def test_where_the_first_dies_nobody_claims_to_have_saved(tmp_path: Path) -> None:
     first, second = together(2, trained, tmp_path, {"callbacks": [FirstDies]})
     assert (first.kind, second.kind) == ("Silence", "ElsewhereError")
-    assert "no checkpoint is whole" in second.text and not store.checkpoints(tmp_path)
+    assert "at step 1 of 6." in second.text and not store.checkpoints(tmp_path)
 
 
 class Breaks(TrainerCallback):
@@ -405,7 +434,7 @@ def test_what_is_no_launch_is_refused(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_idle_gpus_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert idle_gpus(torch.device("cuda", 0)).startswith("1 of 4 GPUs works")
+    assert idle_gpus(torch.device("cuda", 0)).startswith("GPUs used: 1 of 4")
     assert "--nproc-per-node 4" in idle_gpus(torch.device("cuda", 0))
     assert not idle_gpus(torch.device("cpu"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -443,6 +472,37 @@ def test_rows_dealt_out_by_process_are_noticed(tmp_path: Path) -> None:
         assert "different rows for a step" in error and "split_dataset_by_node" in error
     (said, error), _ = together(2, split, tmp_path, "as_given")
     assert not error and sum("different rows" in line for line in said) == 1
+
+
+class Gathers(lorafit.Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self.accelerator.gather(torch.ones(1))
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def asked_wrongly(folder: Path) -> list[str]:
+    """What is said of a gathering in the middle of a step, and of bases that differ."""
+    said, other = [], llama()
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(processes.number())
+    given = {"data_collator": PadCollator(0), "train_dataset": plain(12)}
+    for trainer in (
+        Gathers(llama(), arguments(folder / "gathers"), **given),
+        lorafit.Trainer(other, arguments(folder / "base"), **given),
+        lorafit.Trainer(llama(), arguments(folder / str(processes.number())), **given),
+    ):
+        try:
+            trainer.train()
+        except ConfigError as error:
+            said.append(str(error))
+    return said
+
+
+def test_what_would_never_be_answered_is_refused(tmp_path: Path) -> None:
+    for gathers, base, folder in together(2, asked_wrongly, tmp_path):
+        assert "accelerator.gather: processes are at different examples" in gathers
+        assert "have not the same base" in base
+        assert "have not the same output_dir" in folder
 
 
 class Apart(lorafit.Trainer):

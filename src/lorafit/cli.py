@@ -12,6 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, get_args
@@ -75,11 +76,19 @@ def _exits(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _leave(message: str, code: int, *, by: BaseException) -> NoReturn:
-    alike = isinstance(by, UsageError | ElsewhereError | TrainingInterrupted | KeyboardInterrupt)
-    if alike and processes.number():  # the first of several processes says it
+    if _is_told_elsewhere(by):
         raise typer.Exit(code)
     Terminal(stderr=True, highlight=False, emoji=False, soft_wrap=True).print(message, markup=False)
     raise typer.Exit(code)
+
+
+def _is_told_elsewhere(error: BaseException) -> bool:
+    """Whether the first of several processes says it, or the first of this machine."""
+    with suppress(ConfigError):  # the environment is what is wrong
+        if isinstance(error, ElsewhereError | TrainingInterrupted | KeyboardInterrupt):
+            return processes.number() > 0
+        return isinstance(error, UsageError) and processes.local_number() > 0
+    return False
 
 
 def _options() -> Iterator[inspect.Parameter]:

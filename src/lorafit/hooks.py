@@ -463,7 +463,7 @@ class Hooks(Face):
 
         model, laid = self.model, Packing() if theirs or not loss_only else self._packing
         # predictions are kept where they are made: every process makes them all
-        joint, world = (nullcontext(), self._world) if loss_only else (self._world.jointly(), ALONE)
+        joint = nullcontext() if loss_only else self._world.jointly(alike=True)
         with optim.resting(self.optimizer), base.without_cache(model), measuring(model), joint:
             try:
                 return evaluate(
@@ -473,7 +473,7 @@ class Hooks(Face):
                     room=self._reads,
                     step=self.state.global_step,
                     keep=keep,
-                    world=world,
+                    world=self._world if loss_only else ALONE,
                 )
             except Full as full:
                 # a run is saved first

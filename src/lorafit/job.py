@@ -50,9 +50,9 @@ class Job:
         arguments = self.settings.training
         folder = Path(arguments.output_dir)
         with self.trainer.holding_output():
-            if arguments.overwrite:
-                store.clear_run(folder)
             if self.trainer.is_world_process_zero():
+                if arguments.overwrite:
+                    store.clear_run(folder)
                 self.trainer.observers += [self._keep_settings, self._hold_to_forecast]
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)

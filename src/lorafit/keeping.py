@@ -7,13 +7,13 @@ trainer's to decide. Knows no loop.
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from lorafit.engine import moments
 from lorafit.engine.optim import Reached
-from lorafit.errors import ConfigError, OutputError
+from lorafit.errors import ConfigError, ElsewhereError, OutputError
 from lorafit.events import Saved
 from lorafit.hooks import Hooks
 from lorafit.model import adapters, identity
@@ -51,6 +51,24 @@ class Keeping(Hooks):
             **{name: knobs[name] for name in arguments.knobs},
             **circumstances.flat(facts),
         }
+
+    def _check_alike(self, run: Session) -> None:
+        """Nothing, if all processes run the same.
+
+        Raises:
+            ConfigError: their bases or output folders differ.
+        """
+        base = {
+            n: v for n, v in run.made_with.items() if n.startswith("base.") and n != "base.path"
+        }
+        for what, own in {"base": base, "output_dir": run.arguments.output_dir}.items():
+            if not self._world.agrees(own):
+                raise ConfigError(
+                    f"The processes have not the same {what}.",
+                    why="Each takes a share of one run.",
+                    fix="Name the same everywhere; draw what is drawn (new embeddings, a time in "
+                    "a name) from a seed, or in the first process alone.",
+                )
 
     def _resume(self, run: Session, kept: Kept) -> list[str]:
         """Take up the run that a checkpoint kept; what is to be said of it.
@@ -148,3 +166,17 @@ class Keeping(Hooks):
                 f"{run.saved_in or 'No checkpoint'} is whole and the last. {error.why}",
                 fix=(*error.fix.splitlines(), f"Then resume: {self.resume_command}"),
             ) from error
+
+    def _left_alone(self, run: Session, error: ElsewhereError) -> NoReturn:
+        """Save at the last finished step, and raise: another process has ended."""
+        run.abandon_step()
+        self.observers.tell(*run.progress.read())
+        if self._world.is_first and run.position.step and run.saved_at != run.position.step:
+            self._keep(run, whole=True)
+        self.observers.tell(run.ended_event("left alone"))
+        saved = f"; {run.saved_in or 'no checkpoint'} is whole and the last"
+        raise ElsewhereError(
+            f"It has said why. Training stopped at step {run.position.step} of {run.plan.steps}"
+            f"{saved if self._world.is_first else ''}.",
+            fix=f"Resume: {self.resume_command}",
+        ) from error

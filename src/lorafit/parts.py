@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Subset
 
 from lorafit.arguments import TrainingArguments
 from lorafit.data import loader
@@ -145,18 +145,7 @@ def data_loader(
 
 def steps_of(batches: Any, arguments: TrainingArguments) -> Loader:
     """What `batches` yields, in the steps of a run: every process reads all of a step's rows, which
-    are few, and so knows what the others work on.
-
-    Raises:
-        ConfigError: a sampler of the script's own gives each process other rows.
-    """
-    if isinstance(batches, DataLoader) and isinstance(batches.sampler, DistributedSampler):
-        raise ConfigError(
-            "The training loader's sampler is a DistributedSampler.",
-            why="Each process reads all rows of a step and takes its share of them; of a share it "
-            "would take a share.",
-            fix="Leave the sampler out of your DataLoader.",
-        )
+    are few, and so knows what the others work on."""
     return Loader(
         deafened(batches),
         size=arguments.train_batch_size,
@@ -166,7 +155,21 @@ def steps_of(batches: Any, arguments: TrainingArguments) -> Loader:
 
 def deafened(batches: Any) -> Any:
     """`batches`; a DataLoader of the script's own has workers that leave signals to their parent,
-    as ours do."""
+    as ours do.
+
+    Raises:
+        ConfigError: its sampler gives each process other rows.
+    """
+    samplers = [batches.sampler] if isinstance(batches, DataLoader) else []
+    if isinstance(batches, DataLoader) and isinstance(batches.batch_sampler, BatchSampler):
+        samplers.append(batches.batch_sampler.sampler)
+    if any(isinstance(each, DistributedSampler) for each in samplers):
+        raise ConfigError(
+            "A loader's sampler is a DistributedSampler.",
+            why="Each process reads all rows of a step and takes its share of them; of a share it "
+            "would take a share.",
+            fix="Leave the sampler out of your DataLoader.",
+        )
     if isinstance(batches, DataLoader) and batches.num_workers:
         theirs = batches.worker_init_fn
         ours = theirs is signals.deafen or (isinstance(theirs, partial) and theirs.func is _deafen)

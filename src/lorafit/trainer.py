@@ -9,7 +9,7 @@ import math
 import signal
 import time
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -145,6 +145,7 @@ class Trainer(Keeping):
         compat.align_special_tokens(self.model, self.processing_class)
         run = self._running = self._begin(kept)
         run.ignore_keys, run.made_with = keys, self._made_with()
+        self._check_alike(run)
         self._initial_num_input_tokens_seen = 0
         with closing(run.engine.updater):
             resumed = self._resume(run, kept) if kept else []
@@ -240,6 +241,7 @@ class Trainer(Keeping):
             self._evaluate_in_run(run)
             self._take_reading(run, PROBE)
             self._look(run)
+            run.agree(self.control)
         asked, due = run.save_is_asked(), self.control.should_save
         if due:
             self._save_checkpoint(self.model, None)
@@ -321,10 +323,12 @@ class Trainer(Keeping):
 
     def _answers(self, run: Session) -> list[Sampled]:
         """To the first prompts of the evaluation set, as many as are asked for."""
-        if not (run.samples and self._world.is_first):
+        if not run.samples:
             return []
         try:
             with optim.resting(self.optimizer), checkpoint.random_state_kept():
+                if not self._world.is_first:
+                    return []
                 return samples.answers(
                     self.model,
                     self.eval_dataset,
@@ -458,24 +462,13 @@ class Trainer(Keeping):
         self.observers.tell(*run.progress.read())
         if run.saved_at != run.position.step:
             self._keep(run, whole=True)
+        with suppress(ElsewhereError):  # who ends before the first has saved takes it along
+            self._world.wait()
         message = run.farewell(str(asked), resume=f"Resume: {self.resume_command}")
         self.observers.tell(run.ended_event("interrupted"))
         if asked.number == signal.SIGINT:
             raise KeyboardInterrupt(message) from None
         raise TrainingInterrupted(message.splitlines()) from None
-
-    def _left_alone(self, run: Session, error: ElsewhereError) -> NoReturn:
-        """Save at the last finished step, and raise: another process has ended."""
-        run.abandon_step()
-        self.observers.tell(*run.progress.read())
-        if self._world.is_first and run.position.step and run.saved_at != run.position.step:
-            self._keep(run, whole=True)
-        self.observers.tell(run.ended_event("left alone"))
-        raise ElsewhereError(
-            f"It has said why. Training stopped at step {run.position.step} of "
-            f"{run.plan.steps}; {run.saved_in or 'no checkpoint'} is whole and the last.",
-            fix=f"Resume: {self.resume_command}",
-        ) from error
 
     def _out_of_memory(self, run: Session, full: Full) -> NoReturn:
         """Save at the last finished step, unless the update was cut short, and raise."""
@@ -491,7 +484,7 @@ class Trainer(Keeping):
     def _finish(self, run: Session) -> TrainOutput:
         metrics = {**run.metrics(), "total_flos": self.state.total_flos}
         self.log(metrics)
-        if run.lowest or self.state.best_model_checkpoint:
+        if run.arguments.load_best_model_at_end or run.arguments.stop_when_memorising:
             self._world.wait()  # until the first has saved it
         best = self._best(run)
         if best:

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache, partial
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,8 @@ class World:
     """One process, which is all there is: nothing is sent. `Several` of them have its methods."""
 
     number, size = 0, 1
+    apart = False
+    """Whether processes work on different things now, so that none may wait for the others."""
 
     @property
     def is_first(self) -> bool:
@@ -59,6 +62,12 @@ class World:
         has them."""
         return make()
 
+    def agrees(self, value: Any) -> bool:
+        """Whether every process has this value, plain as JSON has them."""
+        seen = crc32(json.dumps(value, sort_keys=True).encode())
+        high, low = self.highest(seen, -seen)
+        return high == -low
+
     def gathered(self, tensor: Tensor) -> Tensor:
         """Every process's `tensor`, of one shape, joined in the first dimension."""
         return tensor
@@ -75,10 +84,16 @@ class World:
         if self.is_first:
             self.wait()
 
-    def jointly(self, *, unless: Unless = _never) -> AbstractContextManager[None]:  # noqa: ARG002
+    def jointly(
+        self,
+        *,
+        alike: bool = False,  # noqa: ARG002
+        unless: Unless = _never,  # noqa: ARG002
+    ) -> AbstractContextManager[None]:
         """Each process runs the block, its part of one work; where one fails none goes on.
 
         Args:
+            alike: All do the same there, and may speak to one another; else they are `apart`.
             unless: Whether an error is this process's own affair: it runs the block again, and the
                 others wait for it.
 
@@ -149,9 +164,10 @@ class Several(World):
         self.added(0)
 
     @contextmanager
-    def jointly(self, *, unless: Unless = _never) -> Generator[None]:
+    def jointly(self, *, alike: bool = False, unless: Unless = _never) -> Generator[None]:
         """One message at the end of the block says how it went."""
         failure: BaseException | None = None
+        self.apart = not alike
         try:
             yield
         except ElsewhereError:
@@ -160,6 +176,8 @@ class Several(World):
             if unless(error):
                 raise
             failure = error
+        finally:
+            self.apart = False
         number = failure.number if isinstance(failure, Asked) else 0
         try:
             elsewhere, asked = self.highest(failure is not None, number)
@@ -174,9 +192,8 @@ class Several(World):
 
     def share_gradients(self, loss: Tensor, parameters: Sequence[Tensor]) -> None:
         """Which there are, from host to host; then all as one, from device to device."""
-        trained = [p for p in parameters if p.requires_grad]
-        holding = self.added(*(p.grad is not None for p in trained))
-        summed = [p for p, count in zip(trained, holding, strict=True) if count]
+        holding = self.added(*(p.grad is not None for p in parameters))
+        summed = [p for p, count in zip(parameters, holding, strict=True) if count]
         for parameter in summed:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
@@ -206,6 +223,8 @@ ALONE = World()
 def _heeding() -> Generator[None]:
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:  # a closed connection, or a day without a word
         raise ElsewhereError from error
 
@@ -243,7 +262,7 @@ def idle_gpus(device: torch.device) -> str:
     here = processes.here()
     if there <= here:
         return ""
-    return f"{here} of {there} GPUs works; all of them: torchrun --nproc-per-node {there} ..."
+    return f"GPUs used: {here} of {there}; for all of them: torchrun --nproc-per-node {there} ..."
 
 
 def _check_device(device: torch.device) -> None:

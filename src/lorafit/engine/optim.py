@@ -60,10 +60,9 @@ class Updater:
     ) -> None:
         self.optimizer, self._world = optimizer, world
         held = {p for group in optimizer.param_groups for p in group["params"]}
-        trained = model.parameters() if model else ()
-        world.make_same(p for p in trained if p.requires_grad)
-        trained = model.parameters() if model else ()
-        self._others = [p for p in trained if p.requires_grad and p not in held]
+        trained = [p for p in model.parameters() if p.requires_grad] if model else []
+        world.make_same(trained)
+        self._others = [p for p in trained if p not in held]
         self.zero_grad = self._zero_all if self._others else optimizer.zero_grad
         halves = (torch.bfloat16, torch.half)
         trained = (p for p in self.parameters if p.requires_grad and p.dtype in halves)

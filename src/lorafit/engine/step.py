@@ -122,6 +122,7 @@ class Engine:
 
     def _update(self, loss: Tensor, watch: Watch) -> tuple[Tensor, Tensor]:
         scaler = self.precision.scaler
+        scaler.scale(loss)  # which begins it, where this process had nothing to run
         scaler.unscale_(self.updater.optimizer)
         norm = self.updater.norm(max_norm=self.max_norm)
         applied = torch.isfinite(loss) & torch.isfinite(norm)

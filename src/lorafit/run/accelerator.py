@@ -67,7 +67,7 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """Return once every process is here."""
-        self._world.wait()
+        self._together("wait_for_everyone").wait()
 
     def unwrap_model(self, model: nn.Module, keep_fp32_wrapper: bool = True) -> nn.Module:  # noqa: ARG002
         """The model beneath torch.compile; a PEFT model stays one."""
@@ -77,7 +77,22 @@ class Accelerator:
     def gather(self, tensor: T) -> T:
         """What every process has, joined in the first dimension; tensors within lists and mappings
         too."""
-        return mapped(tensor, lambda own: self._world.gathered(own).to(own.device))
+        world = self._together("gather")
+        return mapped(tensor, lambda own: world.gathered(own).to(own.device))
+
+    def _together(self, name: str) -> World:
+        """The world, where all do the same.
+
+        Raises:
+            ConfigError: a step or an evaluation is shared out, so that not all of them come here.
+        """
+        if self._world.apart:
+            raise ConfigError(
+                f"trainer.accelerator.{name}: processes are at different examples here.",
+                why="Some run fewer batches than others, and would never answer.",
+                fix="Gather in a callback, or in compute_metrics, where every process comes by.",
+            )
+        return self._world
 
     def gather_for_metrics(self, input_data: T, use_gather_object: bool = False) -> T:
         """The same; tensors alone are sent."""
@@ -90,13 +105,11 @@ class Accelerator:
 
     def reduce(self, tensor: T, reduction: str = "sum", scale: float = 1.0) -> T:
         """The sum over processes (the mean, or this one's with "none"), times `scale`."""
-        return mapped(tensor, lambda own: self._reduced(own, reduction, scale=scale))
-
-    def _reduced(self, own: Tensor, reduction: str, *, scale: float) -> Tensor:
-        if reduction == "none" or self._world.size == 1:
-            return own
-        total = self._world.gathered(own[None]).sum(0).to(own) * scale
-        return total / self._world.size if reduction == "mean" else total
+        world = self._together("reduce")
+        if reduction == "none" or world.size == 1:
+            return tensor
+        scale = scale / world.size if reduction == "mean" else scale
+        return mapped(tensor, lambda own: world.gathered(own[None]).sum(0).to(own) * scale)
 
     def pad_across_processes(
         self,
@@ -107,10 +120,12 @@ class Accelerator:
     ) -> T:
         """The tensor, as long in dimension `dim` as the longest process's."""
 
+        world = self._together("pad_across_processes")
+
         def padded(own: Tensor) -> Tensor:
             if dim >= own.ndim:
                 return own
-            missing = self._world.highest(own.shape[dim])[0] - own.shape[dim]
+            missing = world.highest(own.shape[dim])[0] - own.shape[dim]
             if not missing:
                 return own
             shape = [missing if at == dim % own.ndim else n for at, n in enumerate(own.shape)]

@@ -118,7 +118,7 @@ def said(kept: Mapping[str, Any], now: Mapping[str, Any], *, accepted: bool) -> 
 def _step_kept(kept: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """How a step keeps its examples over another number of processes; empty where it does."""
     names = "step.examples", "machine.processes", "per_device_train_batch_size"
-    if not all(kept.get(name) and now.get(name) for name in names):
+    if not all(type(kept.get(n)) is type(now.get(n)) is int and now[n] for n in names):
         return ""
     (wanted, before, _), (found, processes, batch) = (
         [facts[name] for name in names] for facts in (kept, now)
