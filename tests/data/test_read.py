@@ -184,6 +184,12 @@ def test_a_terminal_gives_no_data(monkeypatch: pytest.MonkeyPatch) -> None:
             locate("-")
 
 
+def test_several_processes_have_no_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match=r"2 processes were started.*\n.*a file"):
+        locate("-")
+
+
 def test_nothing_is_left_of_standard_input(tmp_path: Path) -> None:
     code = "from lorafit.data import read; from pathlib import Path; import os; " + (
         "read.read_rows('-'); print(len(list(Path(os.environ['TMPDIR']).iterdir())))"

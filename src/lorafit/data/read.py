@@ -19,6 +19,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lorafit import processes
 from lorafit.data import parse
 from lorafit.data.parse import Faults, Row
 from lorafit.errors import DataError, nearest, shown
@@ -138,6 +139,9 @@ def _named(name: str, split: Splits) -> Source:
 
 
 def _keep_stdin() -> Path:
+    if processes.count() > 1:
+        what = f"-: {processes.count()} processes were started, and standard input is not each's."
+        raise DataError(what, fix="Write it to a file, and name that.")
     if sys.stdin is None or sys.stdin.isatty():
         what = "-: standard input is a terminal, from which no data comes."
         raise DataError(what, fix="Send it data: zcat rows.jsonl.gz | lorafit train --data -")
