@@ -57,6 +57,7 @@ class Job:
             self.trainer.observers.say(*self.notes)
             self.trainer.train(arguments.resume_from_checkpoint)
             self.trainer.save_model(str(folder))
+        world.leave()
         return folder
 
     def practise(self, *, find_lr: bool = False) -> Practice:

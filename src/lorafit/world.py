@@ -5,7 +5,6 @@ here. Words go from host to host (gloo), gradients from device to device, once a
 and numbers, and nothing of training.
 """
 
-import atexit
 import json
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -287,12 +286,14 @@ def _start(device: torch.device) -> None:
             why="WORLD_SIZE in the environment says that several train together.",
             fix="Start them with torchrun; for one process unset WORLD_SIZE.",
         ) from error
-    atexit.register(_leave)
 
 
-def _leave() -> None:
-    if dist.is_initialized():
+def leave() -> None:
+    """End the group, once all is well: NCCL complains of one that is left to the interpreter's end,
+    and may wait for good where another process has failed."""
+    if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+        _host_group.cache_clear()
 
 
 @cache
