@@ -59,20 +59,18 @@ def exchanges(world: World, parameters: list[torch.Tensor]) -> dict[str, float]:
 
 def work(steps: int, count: int) -> None:
     """One process of `count`: tells tokens per second and what the exchanges take."""
-    with tempfile.TemporaryDirectory() as own:
-        folder = os.environ.get("SEVERAL_FOLDER") or own
-        arguments = lorafit.TrainingArguments(
-            folder, max_steps=steps, per_device_train_batch_size=1, disable_tqdm=True,
-            gradient_accumulation_steps=STEP // count, use_cpu=True, logging_steps=1000,
-            save_strategy="no",
-        )  # fmt: skip
-        trainer = lorafit.Trainer(
-            model=model(), args=arguments, data_collator=PadCollator(0),
-            train_dataset=rows(STEP * steps),
-        )  # fmt: skip
-        told: list[Any] = []
-        trainer.observers.append(told.append)
-        trainer.train()
+    arguments = lorafit.TrainingArguments(
+        os.environ["SEVERAL_FOLDER"], max_steps=steps, per_device_train_batch_size=1,
+        gradient_accumulation_steps=STEP // count, use_cpu=True, logging_steps=1000,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    trainer = lorafit.Trainer(
+        model=model(), args=arguments, data_collator=PadCollator(0),
+        train_dataset=rows(STEP * steps),
+    )  # fmt: skip
+    told: list[Any] = []
+    trainer.observers.append(told.append)
+    trainer.train()
     seen = [event for event in told if isinstance(event, StepEnd)][1:]
     rate = sum(event.tokens for event in seen) / sum(event.seconds for event in seen)
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
@@ -92,10 +90,12 @@ def launched(count: int, steps: int, cores: int) -> list[str]:
 
 def measure(count: int, steps: int, cores: int) -> dict[str, float]:
     """What a run of `count` processes tells."""
-    surroundings = os.environ | {"OMP_NUM_THREADS": str(cores // count)}
-    done = subprocess.run(
-        launched(count, steps, cores), capture_output=True, text=True, env=surroundings
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        surroundings = {"OMP_NUM_THREADS": str(cores // count), "SEVERAL_FOLDER": folder}
+        done = subprocess.run(
+            launched(count, steps, cores), capture_output=True, text=True,
+            env=os.environ | surroundings,
+        )  # fmt: skip
     line = [line for line in done.stdout.splitlines() if line.startswith("TOLD ")]
     if not line:
         raise SystemExit(f"{count} processes told nothing:\n{done.stdout}{done.stderr}")
