@@ -160,9 +160,10 @@ def deafened(batches: Any) -> Any:
     Raises:
         ConfigError: its sampler gives each process other rows.
     """
-    samplers = [batches.sampler] if isinstance(batches, DataLoader) else []
-    if isinstance(batches, DataLoader) and isinstance(batches.batch_sampler, BatchSampler):
-        samplers.append(batches.batch_sampler.sampler)
+    if not isinstance(batches, DataLoader):
+        return batches
+    chosen = batches.batch_sampler
+    samplers = (batches.sampler, chosen.sampler if isinstance(chosen, BatchSampler) else None)
     if any(isinstance(each, DistributedSampler) for each in samplers):
         raise ConfigError(
             "A loader's sampler is a DistributedSampler.",
@@ -170,7 +171,7 @@ def deafened(batches: Any) -> Any:
             "would take a share.",
             fix="Leave the sampler out of your DataLoader.",
         )
-    if isinstance(batches, DataLoader) and batches.num_workers:
+    if batches.num_workers:
         theirs = batches.worker_init_fn
         ours = theirs is signals.deafen or (isinstance(theirs, partial) and theirs.func is _deafen)
         batches.worker_init_fn = theirs if ours else partial(_deafen, theirs)

@@ -43,7 +43,7 @@ class Accelerator:
         self.is_main_process, self.is_last_process = world.is_first, world.number + 1 == world.size
         self.is_local_main_process = self.local_process_index == 0
         self.use_distributed = world.size > 1
-        on = {"cuda": "MULTI_GPU"}.get(self.device.type, "MULTI_CPU")
+        on = "MULTI_GPU" if self.device.type == "cuda" else "MULTI_CPU"
         self.distributed_type = on if self.use_distributed else "NO"
 
     @property

@@ -4,7 +4,6 @@ Owns how rows are told from other rows without reading them all. Classes no diff
 does.
 """
 
-import os
 import platform
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -17,6 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from lorafit import processes
 from lorafit.data.cache import Chosen
 from lorafit.data.loader import is_stream
 
@@ -37,7 +37,7 @@ def of_machine(device: torch.device) -> dict[str, Any]:
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "device": gpu,
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE") or 1),
+        "processes": processes.count(),
     }
 
 
