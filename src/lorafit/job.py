@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,7 @@ def prepare(settings: Settings, given: tuple[Source, Source] | None = None) -> J
         "chat_template": tokenizer.chat_template,
         "stop_ids": list(data.stops),
         "data": {"sources": list(report.sources), "sha256": data.fingerprint},
-        "lorafit": version("lorafit"),
+        "lorafit": store.versions_of(["lorafit"]).get("lorafit"),
     }
     said = tuple(text for text in report.summary() if not text.startswith("would hurt: "))
     audited = DataAudited(said, report.harms, report.shown)

@@ -84,6 +84,7 @@ class Engine:
         self.updater, self.schedule = updater, schedule
         self.precision, self.max_norm = precision, max_norm
         self.run_part = run_part or self._run_part
+        self._modules = list(model.modules())
 
     def step(
         self, batches: Sequence[MicroBatch], watch: Watch, *, whole: Whole | None = None
@@ -100,7 +101,8 @@ class Engine:
         whole = whole or Whole.of(batches)
         device = self.precision.device
         loss = torch.zeros((), device=device)
-        self.model.train()
+        if not all(module.training for module in self._modules):  # `train` visits each and sets it
+            self.model.train()
         with watch.backward():
             for index, batch in enumerate(batches):
                 loss += self.run_part(batch.to(device), whole)

@@ -191,11 +191,14 @@ def decoder_of(model: nn.Module) -> Any:
     return base.get_decoder() if isinstance(base, PreTrainedModel) else None
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""Where a module keeps those who look at it."""
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody looks at the module's forward or backward, or has replaced it; the hook by
     which transformers lets embeddings require a gradient does not count."""
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    hooks = [hook for name in names for hook in getattr(module, name).values()]
+    hooks = [hook for name in HOOKS for hook in getattr(module, name).values()]
     odd = [h for h in hooks if getattr(h, "__name__", "") != "make_inputs_require_grads"]
     return bool(odd) or "forward" in vars(module)
 

@@ -21,7 +21,7 @@ from lorafit.kernels.elementwise import Scratch
 from lorafit.kernels.lora import Adapter, Counters, Layers
 from lorafit.kernels.mlp_half import MlpHalf, mlp_half
 from lorafit.model.base import decoder_of, is_hooked
-from lorafit.model.lora import LoraLinear, lora_linear, salt_of
+from lorafit.model.lora import LoraLinear, lora_linear, salt_of, sign_of
 from lorafit.model.quantised import together
 
 RECOMPUTE = ("none", "mlp", "half", "layer")
@@ -222,21 +222,21 @@ def _norms(layer: Any) -> Iterator[nn.Module]:
 
 def _signs(layer: Any) -> Iterator[Any]:
     """What changes when something that `_taken` reads does."""
-    for module in _modules(layer):
-        projection = lora_linear(module)
-        if projection is None or is_hooked(module):
-            raise Unfit(f"a {type(module).__name__} is not plain LoRA over a frozen layer any more")
-        yield projection
-        for tensor in projection.linear.parameters(recurse=False):
-            yield id(tensor), tensor.data_ptr(), tensor._version
-    for norm in _norms(layer):
-        yield from (weight._version for weight in norm.parameters())
+    for part in vars(layer)["_modules"].values():
+        for module in vars(part)["_modules"].values() or (part,):
+            yield sign_of(module)
+
+
+def _projection(module: nn.Module) -> LoraLinear:
+    found = lora_linear(module)
+    if found is None or is_hooked(module):
+        raise Unfit(f"a {type(module).__name__} is not plain LoRA over a frozen layer any more")
+    return found
 
 
 def _taken(layer: Any, number: int, *, dtype: torch.dtype) -> _Layer:
     attention = layer.self_attn
-    made = [lora_linear(module) for module in _modules(layer)]
-    parts = tuple(part for part in made if part is not None)
+    parts = tuple(map(_projection, _modules(layer)))
     salts = [salt_of(f"layers.{number}.{name}") for name in _PROJECTIONS]
     width = attention.head_dim
     norms = [norm.weight.detach() for norm in _norms(layer)]  # type: ignore[operator]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorafit.kernels.lora import Adapter, Counters, drop
-from lorafit.model.base import decoder_of, unwrap
+from lorafit.model.base import HOOKS, decoder_of, unwrap
 from lorafit.model.quantised import is_packed
 
 
@@ -64,6 +64,32 @@ def lora_linear(module: nn.Module) -> LoraLinear | None:
         return None
     share = drop.p if isinstance(drop, nn.Dropout) else 0.0
     return LoraLinear(beneath, layer.lora_A[name], layer.lora_B[name], layer.scaling[name], share)
+
+
+def sign_of(module: nn.Module) -> tuple[Any, ...]:
+    """Another once `lora_linear` of `module` would give something else, somebody has hooked it, or
+    its weights or those beneath its LoRA have changed. Made for every layer of each micro-batch: it
+    reads what lies in the module, and calls nothing."""
+    own = vars(module)
+    parts = own["_modules"]
+    beneath = parts.get("base_layer", module)
+    looks = (*(len(own[name]) for name in HOOKS), "forward" in own)
+    weights = [
+        (id(weight), weight.data_ptr(), weight._version, weight.requires_grad)
+        for weight in vars(beneath)["_parameters"].values()
+        if weight is not None
+    ]
+    if beneath is module:
+        return (id(module), looks, weights)
+    layer: Any = module
+    active, inner = layer._active_adapter, ("lora_A", "lora_B", "lora_dropout")
+    return (
+        *(id(module), id(beneath), looks, weights),
+        *(active if isinstance(active, str) else tuple(active), layer._disable_adapters),
+        *(tuple(own[name]) for name in ("merged_adapters", "lora_variant")),
+        *(tuple(own[name].items()) for name in ("scaling", "lora_bias")),
+        [(id(m), vars(m).get("p")) for n in inner for m in vars(parts[n])["_modules"].values()],
+    )
 
 
 _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")

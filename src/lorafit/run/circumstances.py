@@ -8,7 +8,6 @@ import platform
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from hashlib import blake2b
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from lorafit import processes
 from lorafit.data.cache import Chosen
 from lorafit.data.loader import is_stream
+from lorafit.run import store
 
 _SAMPLED = 16
 _PACKAGES = ("lorafit", "torch", "transformers", "peft", "numpy")
@@ -51,7 +51,7 @@ def _processor() -> str:
 
 def of_versions() -> dict[str, str]:
     """The packages that compute."""
-    return {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
+    return store.versions_of(_PACKAGES)
 
 
 def of_rows(dataset: Any) -> dict[str, Any]:

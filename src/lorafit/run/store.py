@@ -15,7 +15,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
@@ -238,15 +238,16 @@ def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
         for path in _files(folder)
     }
     _sync_all(folder)
-    listed = {"files": files, "versions": _versions(), **about}
+    listed = {"files": files, "versions": versions_of(_MADE_WITH), **about}
     (folder / MANIFEST).write_text(sealed(listed), encoding="utf-8")
     _sync(folder / MANIFEST)
     _sync(folder)
 
 
-def _versions() -> dict[str, str]:
+def versions_of(packages: Iterable[str]) -> dict[str, str]:
+    """Of Python and of those packages that are installed: a source tree alone has none."""
     found = {"python": platform.python_version()}
-    for package in _MADE_WITH:
+    for package in packages:
         with suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
