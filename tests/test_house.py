@@ -23,12 +23,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lorafit"
 
 # docs/decisions/0014-several-processes.md
-FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 16_900, 25_400
+FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 17_400, 26_100
 ROOM_CODE = {  # "" is the files at the top, together
     "": 5_060,  # docs/decisions/0014-several-processes.md
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
-    "model": 2_275,
-    "kernels": 1_200,
+    "model": 2_300,
+    "kernels": 1_650,
     "engine": 1_890,
     "run": 3_510,
     "deploy": 600,

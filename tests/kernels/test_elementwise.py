@@ -36,7 +36,15 @@ def every_pass(dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     counted = (counters()[0].to(device), counters()[1].to(device))
     y, rstd = elementwise.rms_norm(x, weight, eps=1e-5, dtype=dtype)
     gradients = both.clone()
+    weights = [values(E, dtype=dtype).to(device) for _ in range(2)]
+    norms = elementwise.HeadNorms(weights[0], weights[1] + 1, H - 1, 1e-5, turns)
+    q, k = elementwise.norm_heads(heads[:, :H], norms)
+    wide = values(T, H + 2, E, dtype=dtype).to(device) + 1
+    elementwise.norm_heads_backward_(wide[:, :H], heads[:, :H], norms=norms)
     return {
+        "normed q": q,
+        "normed k": k,
+        "normed back": wide,
         "norm": y,
         "rstd": rstd,
         "norm back": elementwise.rms_norm_backward(

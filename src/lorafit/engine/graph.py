@@ -86,7 +86,7 @@ class Replaying:
 
     def __init__(self, decoder: Decoder, *, per_token: int) -> None:
         self.decoder, self.per_token = decoder, per_token
-        self._met: set[Size] = set()
+        self._met: dict[Size, _Inputs] = {}
         self._graphs: dict[Size, _Graph] = {}
         self._sums: Sums | None = None
         self._signs: tuple[Any, ...] = ()
@@ -102,41 +102,38 @@ class Replaying:
         counters: Counters | None,
     ) -> Tensor:
         """As `Decoder`."""
-        records = torch.is_grad_enabled() and self.decoder.recompute != "layer"
-        graph = self._graph(documents, counters) if records else None
-        if graph is None:
-            return self.decoder(
-                ids_T, positions_T, documents=documents, rows_N=rows_N, counters=counters
-            )
-        graph.fill(ids_T, positions_T, documents=documents, counters=counters)
-        x_TD = _Replay.apply(graph.anchor, graph)
+        given: Any = {"documents": documents, "counters": counters}
+        if not torch.is_grad_enabled() or self.decoder.recompute == "layer":
+            return self.decoder(ids_T, positions_T, rows_N=rows_N, **given)
+        sums, size = self._summing(counters), Size.holding(documents.lengths)
+        inputs = self._met.get(size)
+        if inputs is not None and size not in self._graphs and sums.trained and self._fits(size):
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            self._graphs[size] = _Graph(self.decoder, inputs, sums=sums, pool=self._pool)
+        if inputs is None:
+            inputs = self._met[size] = _Inputs(size, ids_T.device, counted=counters is not None)
+        inputs.fill(ids_T, positions_T, **given)
+        graph = self._graphs.get(size)
+        # what is met first runs as it will be recorded, so that nothing has to be loaded then
+        x_TD = _Replay.apply(graph.anchor, graph) if graph else inputs.run(self.decoder)
         assert isinstance(x_TD, Tensor)
         return self.decoder.normed(x_TD, rows_N)
 
     def forget(self) -> None:
         """Hand back the memory of what was recorded."""
-        self._signs, self._graphs, self._met, self._pool = (), {}, set(), None
+        self._signs, self._graphs, self._met, self._pool = (), {}, {}, None
 
-    def _graph(self, documents: Documents, counters: Counters | None) -> "_Graph | None":
+    def _summing(self, counters: Counters | None) -> "Sums":
+        """What gradients are added up in; all that was recorded is forgotten if the model is
+        another than it was."""
+        changes = self.decoder.refresh()
         trained = [factor for factor in self.decoder.factors() if factor.requires_grad]
         pointers = tuple(tensor.data_ptr() for tensor in trained)
-        signs = (self.decoder.refresh(), counters is None, pointers, self.decoder.recompute)
-        if signs != self._signs:  # the model is another: what was recorded is of no use
-            self._signs, self._graphs, self._met = signs, {}, set()
+        signs = (changes, counters is None, pointers, self.decoder.recompute)
+        if signs != self._signs or self._sums is None:
+            self._signs, self._graphs, self._met = signs, {}, {}
             self._sums = Sums(trained)
-        assert self._sums is not None
-        size = Size.holding(documents.lengths)
-        if size in self._graphs:
-            return self._graphs[size]
-        if size not in self._met or not trained or not self._fits(size):
-            self._met.add(size)
-            return None
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = _Graph(
-            self.decoder, size, sums=self._sums, pool=self._pool, counted=counters is not None
-        )
-        self._graphs[size] = graph
-        return graph
+        return self._sums
 
     def _fits(self, size: Size) -> bool:
         if len(self._graphs) >= MOST_GRAPHS:
@@ -171,45 +168,18 @@ class Sums:
                 hook(parameter)
 
 
-class _Graph:
-    """The layers recorded for one size: `fill`, `forward`, `backward`, in this order."""
+class _Inputs:
+    """A micro-batch of one size, in tensors that stay: `fill`, then `run`."""
 
-    def __init__(
-        self, decoder: Decoder, size: Size, *, sums: Sums, pool: Any, counted: bool
-    ) -> None:
-        device = sums.trained[0].device
-        self.size, self.sums = size, sums
-        self.anchor = torch.zeros((), device=device, requires_grad=True)
+    def __init__(self, size: Size, device: torch.device, *, counted: bool) -> None:
+        self.size = size
         self.ids_T, self.positions_T, *counters = (
             torch.zeros(size.tokens, dtype=torch.int64, device=device)
             for _ in range(4 if counted else 2)
         )
         self.counters = Counters(*counters) if counted else None
-        starts = torch.tensor(size.starts([size.longest]), dtype=torch.int32, device=device)
+        starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
         self.documents = Documents((), starts, size.longest)
-        self._warm_up(decoder)
-        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
-            x_TD = self._run(decoder)
-        self.dx_TD = torch.empty_like(x_TD)
-        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
-            made = torch.autograd.grad(x_TD, sums.trained, self.dx_TD)
-            torch._foreach_add_(sums.sums, list(made))
-        self.x_TD = x_TD.detach()
-
-    def _run(self, decoder: Decoder) -> Tensor:
-        return decoder.run(
-            self.ids_T, self.positions_T, documents=self.documents, counters=self.counters
-        )
-
-    def _warm_up(self, decoder: Decoder) -> None:
-        """Whatever is compiled or loaded on a first call: nothing of that can be recorded."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            x_TD = self._run(decoder)
-            torch.autograd.grad(x_TD, self.sums.trained, torch.zeros_like(x_TD))
-        torch.cuda.current_stream().wait_stream(stream)
 
     def fill(
         self,
@@ -230,6 +200,28 @@ class _Graph:
         assert self.documents.starts is not None
         starts = torch.tensor(self.size.starts(documents.lengths), dtype=torch.int32)
         self.documents.starts.copy_(starts, non_blocking=True)
+
+    def run(self, decoder: Decoder) -> Tensor:
+        """What the layers make of it and of what fills it up, [T, D]."""
+        return decoder.run(
+            self.ids_T, self.positions_T, documents=self.documents, counters=self.counters
+        )
+
+
+class _Graph:
+    """The layers recorded for inputs of one size, which were run before."""
+
+    def __init__(self, decoder: Decoder, inputs: _Inputs, *, sums: Sums, pool: Any) -> None:
+        self.sums = sums
+        self.anchor = torch.zeros((), device=inputs.ids_T.device, requires_grad=True)
+        self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):
+            x_TD = inputs.run(decoder)
+        self.dx_TD = torch.empty_like(x_TD)
+        with torch.cuda.graph(self.backward_graph, pool=pool, capture_error_mode="thread_local"):
+            made = torch.autograd.grad(x_TD, sums.trained, self.dx_TD)
+            torch._foreach_add_(sums.sums, list(made))
+        self.x_TD = x_TD.detach()
 
     def forward(self) -> Tensor:
         """What the layers make of it, [T, D]; valid until the next micro-batch."""

@@ -82,8 +82,14 @@ class MicroBatch:
 
 def moved(value: Any, device: torch.device) -> Any:
     """`value` with each tensor inside its mappings, lists and tuples on `device`; copies are
-    asynchronous. Mappings are copied, as an override may change them."""
-    return mapped(value, lambda tensor: tensor.to(device, non_blocking=True))
+    asynchronous, for which CUDA must find them in pinned memory: from any other it waits until the
+    GPU has done all that was asked of it. Mappings are copied, as an override may change them."""
+
+    def sent(tensor: Tensor) -> Tensor:
+        pins = device.type == "cuda" and tensor.device.type == "cpu"
+        return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
+
+    return mapped(value, sent)
 
 
 def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import attention, elementwise, lora
 from lorafit.kernels.attention import Documents, Look
-from lorafit.kernels.elementwise import Scratch
+from lorafit.kernels.elementwise import HeadNorms, Scratch
 from lorafit.kernels.lora import Below, Counters, Joined, Layers
 
 
@@ -160,18 +160,10 @@ def _split(qkv_TO: Tensor, half: AttentionHalf) -> tuple[Tensor, Tensor, Tensor]
 def _heads(qkv_TO: Tensor, half: AttentionHalf, *, around: Around) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v as attention takes them: normed, where heads have norms, and rotated."""
     q, k, v = _split(qkv_TO, half)
-    if half.head_norms is None:
+    norms = _head_norms(half, around)
+    if norms is None:
         return q, k, v
-    normed = [
-        elementwise.rotate_(
-            elementwise.rms_norm(x.reshape(-1, x.shape[-1]), weight_E, eps=half.eps, dtype=x.dtype)[
-                0
-            ].view(x.shape),
-            around.rotary,
-        )
-        for x, weight_E in zip((q, k), half.head_norms, strict=True)
-    ]
-    return normed[0], normed[1], v
+    return *elementwise.norm_heads(_rotated_part(qkv_TO, half), norms), v
 
 
 def _attention_back(
@@ -186,14 +178,15 @@ def _attention_back(
     dqkv_TO = torch.empty_like(qkv_TO)
     grads = _split(dqkv_TO, half)
     attention.backward(dout_THE, kept, grads=grads, documents=around.documents, look=half.look)
-    elementwise.rotate_(_rotated_part(dqkv_TO, half), around.rotary, inverse=True)
-    if half.head_norms is not None:
-        raws = _split(qkv_TO, half)
-        for grad, raw, weight_E in zip(grads, raws, half.head_norms, strict=False):
-            rows = raw.reshape(-1, raw.shape[-1])
-            _, rstd = elementwise.rms_norm(rows, weight_E, eps=half.eps, dtype=rows.dtype)
-            back = elementwise.rms_norm_backward(
-                grad.reshape(rows.shape), rows, weight_D=weight_E, rstd_T=rstd, residual_TD=None
-            )
-            grad.copy_(back.view(grad.shape))
+    grad_THE, norms = _rotated_part(dqkv_TO, half), _head_norms(half, around)
+    if norms is None:
+        elementwise.rotate_(grad_THE, around.rotary, inverse=True)
+    else:
+        elementwise.norm_heads_backward_(grad_THE, _rotated_part(qkv_TO, half), norms=norms)
     return dqkv_TO
+
+
+def _head_norms(half: AttentionHalf, around: Around) -> HeadNorms | None:
+    if half.head_norms is None:
+        return None
+    return HeadNorms(*half.head_norms, half.heads, half.eps, around.rotary)

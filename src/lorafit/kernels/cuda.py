@@ -74,11 +74,35 @@ def rms_norm_backward(dy_TD: Tensor, x_TD: Tensor, *others: Any) -> Tensor:
 def rotate_(x_THE: Tensor, cosine_TE: Tensor, *others: Any) -> Tensor:
     """See elementwise.py."""
     sine_TE, inverse = others
-    tokens, heads, width = x_THE.shape
-    sizes = (x_THE.stride(0), heads, width // 2, -1.0 if inverse else 1.0)
-    tile = {"HEADS": _power(heads), "HALF": _power(width // 2)}
-    _kernels().rotate[tokens,](x_THE, cosine_TE, sine_TE, *sizes, **tile)
+    sizes, tile = _of_heads(x_THE)
+    sign = -1.0 if inverse else 1.0
+    _kernels().rotate[len(x_THE),](x_THE, cosine_TE, sine_TE, x_THE.stride(0), *sizes, sign, **tile)
     return x_THE
+
+
+def norm_heads(x_THE: Tensor, norms: Any) -> tuple[Tensor, Tensor]:
+    """See elementwise.py."""
+    y_THE = torch.empty(x_THE.shape, dtype=x_THE.dtype, device=x_THE.device)
+    sizes, tile = _of_heads(x_THE)
+    _kernels().norm_heads[len(x_THE),](
+        x_THE, y_THE, norms.query_E, norms.key_E, *norms.rotary,
+        x_THE.stride(0), norms.split, *sizes, norms.eps, **tile,
+    )  # fmt: skip
+    return y_THE[:, : norms.split], y_THE[:, norms.split :]
+
+
+def norm_heads_backward_(grad_THE: Tensor, x_THE: Tensor, *, norms: Any) -> None:
+    """See elementwise.py."""
+    strides, (sizes, tile) = (grad_THE.stride(0), x_THE.stride(0)), _of_heads(x_THE)
+    _kernels().norm_heads_backward[len(x_THE),](
+        grad_THE, x_THE, norms.query_E, norms.key_E, *norms.rotary,
+        *strides, norms.split, *sizes, norms.eps, **tile,
+    )  # fmt: skip
+
+
+def _of_heads(x_THE: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    heads, half = x_THE.shape[1], x_THE.shape[2] // 2
+    return (heads, half), {"HEADS": _power(heads), "HALF": _power(half)}
 
 
 def swiglu(both_T2F: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ Nothing here knows autograd.
 Shapes: `T` tokens, `D` hidden, `F` feed-forward, `H` heads, `E` head width.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -127,6 +129,55 @@ def _rotated(x_THE: Tensor, cosine_TE: Tensor, *others: Any) -> Tensor:
     low, high = x_THE.to(wide).chunk(2, dim=-1)
     turned_THE = torch.cat((-high, low), dim=-1) * (-sine_T1E if inverse else sine_T1E)
     return (torch.cat((low, high), dim=-1) * cosine_T1E + turned_THE).to(x_THE.dtype)
+
+
+@dataclass(frozen=True)
+class HeadNorms:
+    """The norms of a row's heads (Qwen3's qk-norm) and what rotates them.
+
+    Attributes:
+        query_E, key_E: Weights.
+        split: How many heads are q's; those after them are k's.
+        rotary: Cosines and sines, [T, E] each.
+    """
+
+    query_E: Tensor
+    key_E: Tensor
+    split: int
+    eps: float
+    rotary: tuple[Tensor, Tensor]
+
+
+def norm_heads(x_THE: Tensor, norms: HeadNorms) -> tuple[Tensor, Tensor]:
+    """The heads of q and of k, which lie side by side in a view as `rotate_` takes, normed and
+    rotated: two tensors of their own."""
+    if cuda.runs(x_THE, norms.rotary[0]):
+        return cuda.norm_heads(x_THE, norms)
+    q, k = (
+        rms_norm(rows, weight_E, eps=norms.eps, dtype=rows.dtype)[0].view(part.shape)
+        for part, rows, weight_E in _heads_of(x_THE, norms)
+    )
+    return rotate_(q, norms.rotary), rotate_(k, norms.rotary)
+
+
+def norm_heads_backward_(grad_THE: Tensor, x_THE: Tensor, *, norms: HeadNorms) -> None:
+    """The gradient of what `norm_heads` made of `x_THE`, side by side, becomes that of its rows."""
+    if cuda.runs(grad_THE, x_THE, norms.rotary[0]):
+        cuda.norm_heads_backward_(grad_THE, x_THE, norms=norms)
+        return
+    rotate_(grad_THE, norms.rotary, inverse=True)
+    raws = _heads_of(x_THE, norms)
+    for (grad, grads, weight_E), (_, rows, _) in zip(_heads_of(grad_THE, norms), raws, strict=True):
+        _, rstd = rms_norm(rows, weight_E, eps=norms.eps, dtype=rows.dtype)
+        back = rms_norm_backward(grads, rows, weight_D=weight_E, rstd_T=rstd, residual_TD=None)
+        grad.copy_(back.view(grad.shape))
+
+
+def _heads_of(x_THE: Tensor, norms: HeadNorms) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of q and of k: their heads, these as rows that lie end to end, and the norm's weight."""
+    parts = x_THE[:, : norms.split], x_THE[:, norms.split :]
+    for part, weight_E in zip(parts, (norms.query_E, norms.key_E), strict=True):
+        yield part, part.reshape(-1, part.shape[2]).contiguous(), weight_E
 
 
 def swiglu(both_T2F: Tensor, scratch: Scratch | None = None) -> Tensor:

@@ -55,19 +55,90 @@ def tile(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def rotate(
     x, cosine, sine, stride, heads, half, sign, HEADS: tl.constexpr, HALF: tl.constexpr
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+    token, head, at = places(HEADS, HALF)
     inside = (head < heads) & (at < half)
     low_at = x + token * stride + head * half * 2 + at
     low = tl.load(low_at, inside, 0.0).to(tl.float32)
     high = tl.load(low_at + half, inside, 0.0).to(tl.float32)
+    low, high = turned(low, high, cosine, sine, token, half, at, sign)
+    tl.store(low_at, low, inside)
+    tl.store(low_at + half, high, inside)
+
+
+@triton.jit
+def places(HEADS: tl.constexpr, HALF: tl.constexpr):
+    return tl.program_id(0).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+
+
+@triton.jit
+def turned(low, high, cosine, sine, token, half, at, sign):
     turn = token * half * 2 + at
     cosine_low = tl.load(cosine + turn, at < half, 0.0)
     cosine_high = tl.load(cosine + turn + half, at < half, 0.0)
     sine_low = tl.load(sine + turn, at < half, 0.0) * sign
     sine_high = tl.load(sine + turn + half, at < half, 0.0) * sign
-    tl.store(low_at, low * cosine_low - high * sine_low, inside)
-    tl.store(low_at + half, high * cosine_high + low * sine_high, inside)
+    return low * cosine_low - high * sine_low, high * cosine_high + low * sine_high
+
+
+@triton.jit
+def norm_heads(
+    x, y, query, key, cosine, sine, stride, split, heads, half, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token, head, at = places(HEADS, HALF)
+    inside = (head < heads) & (at < half)
+    low_at = x + token * stride + head * half * 2 + at
+    low, high, scale = scaled_head(low_at, inside, half, eps)
+    weight_low, weight_high = head_weights(query, key, head, split, at, half)
+    low = rounded(rounded(low * scale, x) * weight_low, x)
+    high = rounded(rounded(high * scale, x) * weight_high, x)
+    low, high = turned(low, high, cosine, sine, token, half, at, 1.0)
+    into = y + (token * heads + head) * half * 2 + at
+    tl.store(into, low, inside)
+    tl.store(into + half, high, inside)
+
+
+@triton.jit
+def norm_heads_backward(
+    grad, x, query, key, cosine, sine, grad_stride, stride, split, heads, half, eps,
+    HEADS: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    token, head, at = places(HEADS, HALF)
+    inside = (head < heads) & (at < half)
+    grad_at = grad + token * grad_stride + head * half * 2 + at
+    low = tl.load(grad_at, inside, 0.0).to(tl.float32)
+    high = tl.load(grad_at + half, inside, 0.0).to(tl.float32)
+    low, high = turned(low, high, cosine, sine, token, half, at, -1.0)
+    weight_low, weight_high = head_weights(query, key, head, split, at, half)
+    low, high = rounded(low, grad) * weight_low, rounded(high, grad) * weight_high
+    raw_at = x + token * stride + head * half * 2 + at
+    hat_low, hat_high, scale = scaled_head(raw_at, inside, half, eps)
+    hat_low, hat_high = hat_low * scale, hat_high * scale
+    along = (tl.sum(low * hat_low, 1) + tl.sum(high * hat_high, 1))[:, None] / (half * 2)
+    tl.store(grad_at, scale * (low - hat_low * along), inside)
+    tl.store(grad_at + half, scale * (high - hat_high * along), inside)
+
+
+@triton.jit
+def scaled_head(low_at, inside, half, eps):
+    low = tl.load(low_at, inside, 0.0).to(tl.float32)
+    high = tl.load(low_at + half, inside, 0.0).to(tl.float32)
+    squares = tl.sum(low * low, 1) + tl.sum(high * high, 1)
+    return low, high, tl.rsqrt(squares / (half * 2) + eps)[:, None]
+
+
+@triton.jit
+def head_weights(query, key, head, split, at, half):
+    known = at < half
+    low = tl.where(head < split, tl.load(query + at, known, 0.0), tl.load(key + at, known, 0.0))
+    at += half
+    high = tl.where(head < split, tl.load(query + at, known, 0.0), tl.load(key + at, known, 0.0))
+    return low.to(tl.float32), high.to(tl.float32)
+
+
+@triton.jit
+def rounded(value, like):
+    return value.to(like.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
