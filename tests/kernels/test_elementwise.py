@@ -41,7 +41,17 @@ def every_pass(dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
     q, k = elementwise.norm_heads(heads[:, :H], norms)
     wide = values(T, H + 2, E, dtype=dtype).to(device) + 1
     elementwise.norm_heads_backward_(wide[:, :H], heads[:, :H], norms=norms)
+    low, low_dh = (
+        (values(T, 5, dtype=dtype).to(device), values(n, 5, dtype=dtype).to(device))
+        for n in (2 * F, F)
+    )
+    late = both.clone()
     return {
+        "swiglu of sums": elementwise.swiglu(both, low=low),
+        "swiglu of sums again": elementwise.swiglu_backward_(
+            late, dh.clone(), low=low, low_dh=low_dh
+        ),
+        "gate and up of sums": late,
         "normed q": q,
         "normed k": k,
         "normed back": wide,

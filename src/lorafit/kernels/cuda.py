@@ -105,20 +105,45 @@ def _of_heads(x_THE: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     return (heads, half), {"HEADS": _power(heads), "HALF": _power(half)}
 
 
-def swiglu(both_T2F: Tensor) -> Tensor:
+def swiglu(both_T2F: Tensor, low: Any) -> Tensor:
     """See elementwise.py."""
-    h_TF = both_T2F.new_empty(len(both_T2F), both_T2F.shape[1] // 2)
-    grid, tile = _tiles(h_TF)
-    _kernels().swiglu[grid](both_T2F, h_TF, h_TF.shape[1], **tile)
+    rows, width = len(both_T2F), both_T2F.shape[1] // 2
+    h_TF = both_T2F.new_empty(rows, width)
+    added, ranks = _low(low, both_T2F)
+    _kernels().swiglu[_grid(h_TF)](
+        both_T2F, h_TF, *added, rows, width, *ranks, RANKS=_width(low), **_BLOCK
+    )
     return h_TF
 
 
-def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
+def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor, low: Any, low_dh: Any) -> Tensor:
     """See elementwise.py."""
     h_TF = torch.empty_like(dh_TF)
-    grid, tile = _tiles(h_TF)
-    _kernels().swiglu_backward[grid](both_T2F, dh_TF, h_TF, h_TF.shape[1], **tile)
+    (added, ranks), (added_dh, ranks_dh) = _low(low, both_T2F), _low(low_dh, both_T2F)
+    _kernels().swiglu_backward[_grid(h_TF)](
+        both_T2F, dh_TF, h_TF, *added, *added_dh, *h_TF.shape, *ranks, *ranks_dh,
+        RANKS=_width(low), RANKS_DOWN=_width(low_dh), **_BLOCK,
+    )  # fmt: skip
     return h_TF
+
+
+_BLOCK = {"ROWS": 32, "TILE": 128}
+
+
+def _grid(h_TF: Tensor) -> tuple[int, int]:
+    rows, width = h_TF.shape
+    return -(-rows // _BLOCK["ROWS"]), -(-width // _BLOCK["TILE"])
+
+
+def _low(low: Any, instead: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int]]:
+    """What is added, and its ranks, and how far a column and a rank lie apart."""
+    if low is None:
+        return (instead, instead), (0, 0, 0)
+    return tuple(low), (low[0].shape[1], *low[1].stride())
+
+
+def _width(low: Any) -> int:
+    return 0 if low is None else max(16, _power(low[0].shape[1]))
 
 
 def dropped(x_TD: Tensor, keys_T: Tensor, *others: Any) -> Tensor:

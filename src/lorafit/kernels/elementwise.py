@@ -180,12 +180,25 @@ def _heads_of(x_THE: Tensor, norms: HeadNorms) -> Iterator[tuple[Tensor, Tensor,
         yield part, part.reshape(-1, part.shape[2]).contiguous(), weight_E
 
 
-def swiglu(both_T2F: Tensor, scratch: Scratch | None = None) -> Tensor:
-    """silu(gate) * up (Shazeer 2020) of gate and up lying side by side: [T, F]."""
-    tokens, double = both_T2F.shape
-    call = native.function("swiglu", both_T2F)
+Low = tuple[Tensor, Tensor]
+"""A product of low rank that is still to be added to some columns: rows [T, R] times [columns, R]',
+in 16 bits."""
+
+
+def adds_low(x_TD: Tensor) -> bool:
+    """Whether `swiglu` of such rows is faster where it adds what is `Low` itself."""
+    return cuda.runs(x_TD) and x_TD.dtype != torch.float32
+
+
+def swiglu(both_T2F: Tensor, scratch: Scratch | None = None, *, low: Low | None = None) -> Tensor:
+    """silu(gate) * up (Shazeer 2020) of gate and up lying side by side: [T, F].
+
+    Args:
+        low: Still to be added to gate and up.
+    """
+    call = native.function("swiglu", both_T2F) if low is None else None
     if call:
-        sizes = tokens, double // 2
+        sizes = len(both_T2F), both_T2F.shape[1] // 2
         h_TF = (
             scratch.take("swiglu", sizes, dtype=both_T2F.dtype)
             if scratch
@@ -193,33 +206,39 @@ def swiglu(both_T2F: Tensor, scratch: Scratch | None = None) -> Tensor:
         )
         call(both_T2F, h_TF, *h_TF.shape)
         return h_TF
-    return (cuda.swiglu if cuda.runs(both_T2F) else _swiglu)(both_T2F)
-
-
-def _swiglu(both_T2F: Tensor) -> Tensor:
-    gate_TF, up_TF = both_T2F.chunk(2, dim=-1)
+    if cuda.runs(both_T2F):
+        return cuda.swiglu(both_T2F, low)
+    gate_TF, up_TF = _added(both_T2F, low).chunk(2, dim=-1)
     return functional.silu(gate_TF) * up_TF
 
 
-def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
-    """`swiglu` anew; `both_T2F` becomes the gradients of gate and up."""
-    call = native.function("swiglu_backward", both_T2F)
+def swiglu_backward_(
+    both_T2F: Tensor, dh_TF: Tensor, *, low: Low | None = None, low_dh: Low | None = None
+) -> Tensor:
+    """`swiglu` anew; `both_T2F` becomes the gradients of gate and up.
+
+    Args:
+        low, low_dh: Still to be added to gate and up, and to `dh_TF`.
+    """
+    call = native.function("swiglu_backward", both_T2F) if low is None is low_dh else None
     if call:
         h_TF = torch.empty_like(dh_TF)
         call(both_T2F, dh_TF, h_TF, *h_TF.shape)
         return h_TF
-    run = cuda.swiglu_backward_ if cuda.runs(both_T2F, dh_TF) else _swiglu_backward_
-    return run(both_T2F, dh_TF)
-
-
-def _swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor) -> Tensor:
-    gate_TF, up_TF = both_T2F.to(accumulating(both_T2F.dtype)).chunk(2, dim=-1)
+    if cuda.runs(both_T2F, dh_TF):
+        return cuda.swiglu_backward_(both_T2F, dh_TF, low, low_dh)
+    whole_T2F, dh_TF = _added(both_T2F, low), _added(dh_TF, low_dh)
+    gate_TF, up_TF = whole_T2F.to(accumulating(both_T2F.dtype)).chunk(2, dim=-1)
     sigmoid_TF = gate_TF.sigmoid()
     silu_TF = gate_TF * sigmoid_TF
     h_TF = (silu_TF.to(both_T2F.dtype) * up_TF).to(dh_TF.dtype)
     dgate_TF = dh_TF * up_TF * sigmoid_TF * (1 + gate_TF - silu_TF)
     both_T2F.copy_(torch.cat((dgate_TF, dh_TF * silu_TF), dim=-1))
     return h_TF
+
+
+def _added(x_TD: Tensor, low: Low | None) -> Tensor:
+    return x_TD if low is None else torch.addmm(x_TD, low[0], low[1].T)
 
 
 def dropped(x_TD: Tensor, counters: tuple[Tensor, Tensor], *, share: float) -> Tensor:

@@ -133,9 +133,15 @@ def join(layers: Layers, factors: Sequence[Tensor | None]) -> Joined | None:
 
 
 def forward(
-    x_TD: Tensor, layers: Layers, *, joined: Joined | None, counters: Counters | None
+    x_TD: Tensor,
+    layers: Layers,
+    *,
+    joined: Joined | None,
+    counters: Counters | None,
+    adds: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [T, O], and x·A [T, R], which backward needs and which is small."""
+    """y [T, O], and x·A [T, R], which backward needs and which is small. Without `adds` x·A·B is
+    still to be added to y."""
     y_TO = functional.linear(x_TD, layers.weight_OD, layers.bias_O)
     if joined is None:
         return y_TO, None
@@ -146,7 +152,7 @@ def forward(
         xa_TR = torch.cat(
             [_drop(x_TD, adapter, counters=counters) @ a.T for a, adapter in parts], dim=1
         )
-    return y_TO.addmm_(xa_TR, joined.b_OR.T), xa_TR
+    return y_TO.addmm_(xa_TR, joined.b_OR.T) if adds else y_TO, xa_TR
 
 
 def backward_rows(
@@ -156,12 +162,16 @@ def backward_rows(
     joined: Joined | None,
     counters: Counters | None,
     wanted: bool = True,
+    adds: bool = True,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """dx [T, D] (None unless `wanted`), and dxa [T, R] for `backward_factors`."""
+    """dx [T, D] (None unless `wanted`), and dxa [T, R] for `backward_factors`. Without `adds`
+    dxa·A is still to be added to dx."""
     dx_TD = dy_TO @ layers.weight_OD if wanted else None
     if joined is None:
         return dx_TD, None
     dxa_TR = dy_TO @ joined.b_OR
+    if not adds:
+        return dx_TD, dxa_TR
     if dx_TD is not None and (counters is None or not layers.drops):
         dx_TD.addmm_(dxa_TR, joined.a_RD)
     elif dx_TD is not None and counters is not None:

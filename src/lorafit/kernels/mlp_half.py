@@ -18,8 +18,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import elementwise, lora
-from lorafit.kernels.elementwise import Scratch
-from lorafit.kernels.lora import Below, Counters, Layers
+from lorafit.kernels.elementwise import Low, Scratch
+from lorafit.kernels.lora import Below, Counters, Joined, Layers
+
+MOST_RANKS = 128
+"""Numbers of x·A up to which a pass over elements adds x·A·B: it reads B anew for each block."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class _Node(torch.autograd.Function):
         n_TD, _ = elementwise.rms_norm(
             x_TD, half.norm_D, eps=half.eps, dtype=dtype, scratch=scratch
         )
-        both_T2F, xa_TR = lora.forward(n_TD, half.gate_up, joined=joined[0], counters=counters)
-        h_TF = elementwise.swiglu(both_T2F, scratch)
+        both_T2F, xa_TR, low = _gate_and_up(n_TD, half, joined=joined[0], counters=counters)
+        h_TF = elementwise.swiglu(both_T2F, scratch, low=low)
         y_TD, xa_down_TR = lora.forward(h_TF, half.down, joined=joined[1], counters=counters)
         ctx.how = half, counters, dtype, joined
         ctx.save_for_backward(x_TD, xa_down_TR, *((both_T2F, xa_TR) if keeps else (None, None)))
@@ -88,10 +91,17 @@ class _Node(torch.autograd.Function):
         dy_TD = residual_TD.to(dtype)
         n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype)
         if both_T2F is None:
-            both_T2F, xa_TR = lora.forward(n_TD, half.gate_up, joined=joined, counters=counters)
-        dh_TF, dxa_TR = lora.backward_rows(dy_TD, half.down, joined=joined_down, counters=counters)
+            both_T2F, xa_TR, _ = _gate_and_up(n_TD, half, joined=joined, counters=counters)
+        late = _adds_late(dy_TD, joined_down) and not (counters and half.down.drops)
+        dh_TF, dxa_TR = lora.backward_rows(
+            dy_TD, half.down, joined=joined_down, counters=counters, adds=not late
+        )
         assert dh_TF is not None
-        h_TF = elementwise.swiglu_backward_(both_T2F, dh_TF)  # from here on its gradients
+        low_dh = (
+            (dxa_TR, joined_down.a_RD.T) if late and joined_down and dxa_TR is not None else None
+        )
+        h_TF = elementwise.swiglu_backward_(both_T2F, dh_TF, low=_low(xa_TR, joined), low_dh=low_dh)
+        # from here on `both_T2F` are gradients
         grads_down = lora.backward_factors(
             dy_TD, h_TF, layers=half.down,
             products=(xa_down_TR, dxa_TR), joined=joined_down, counters=counters,
@@ -102,3 +112,25 @@ class _Node(torch.autograd.Function):
             xa_TR=xa_TR, joined=joined, counters=counters, below=below,
         )  # fmt: skip
         return (dx_TD, None, None, None, None, None, *grads, *grads_down)
+
+
+def _gate_and_up(
+    n_TD: Tensor, half: MlpHalf, *, joined: Joined | None, counters: Counters | None
+) -> tuple[Tensor, Tensor | None, Low | None]:
+    """Both [T, 2F], x·A, and what is still to be added to both."""
+    late = _adds_late(n_TD, joined)
+    both_T2F, xa_TR = lora.forward(
+        n_TD, half.gate_up, joined=joined, counters=counters, adds=not late
+    )
+    return both_T2F, xa_TR, _low(xa_TR, joined)
+
+
+def _low(xa_TR: Tensor | None, joined: Joined | None) -> Low | None:
+    if joined is None or xa_TR is None or not _adds_late(xa_TR, joined):
+        return None
+    return xa_TR, joined.b_OR
+
+
+def _adds_late(x_TD: Tensor, joined: Joined | None) -> bool:
+    """Whether what adapters add is left to the pass over elements: one of the rows less."""
+    return joined is not None and sum(joined.ranks) <= MOST_RANKS and elementwise.adds_low(x_TD)

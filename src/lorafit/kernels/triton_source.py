@@ -142,26 +142,74 @@ def rounded(value, like):
 
 
 @triton.jit
-def swiglu(both, h, width, TILE: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    gate = tl.load(both + row * width * 2 + at, at < width, 0.0).to(tl.float32)
-    up = tl.load(both + row * width * 2 + width + at, at < width, 0.0).to(tl.float32)
-    silu = (gate * tl.sigmoid(gate)).to(h.dtype.element_ty).to(tl.float32)
-    tl.store(h + row * width + at, silu * up, at < width)
+def swiglu(
+    both, h, low, ups, rows, width, ranks, column_step, rank_step,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row, at = block(ROWS, TILE)
+    gate, up = gate_and_up(
+        both, low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS
+    )
+    silu = rounded(gate * tl.sigmoid(gate), h)
+    tl.store(h + row * width + at, silu * up, (row < rows) & (at < width))
 
 
 @triton.jit
-def swiglu_backward(both, dh, h, width, TILE: tl.constexpr):
-    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * TILE + tl.arange(0, TILE)
-    gate_at = both + row * width * 2 + at
-    gate = tl.load(gate_at, at < width, 0.0).to(tl.float32)
-    up = tl.load(gate_at + width, at < width, 0.0).to(tl.float32)
-    grad = tl.load(dh + row * width + at, at < width, 0.0).to(tl.float32)
+def swiglu_backward(
+    both, dh, h, low, ups, low_down, downs, rows, width,
+    ranks, column_step, rank_step, ranks_down, column_step_down, rank_step_down,
+    RANKS: tl.constexpr, RANKS_DOWN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row, at = block(ROWS, TILE)
+    inside = (row < rows) & (at < width)
+    gate, up = gate_and_up(
+        both, low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS
+    )
+    grad = tl.load(dh + row * width + at, inside, 0.0).to(tl.float32)
+    if RANKS_DOWN:
+        steps = (ranks_down, column_step_down, rank_step_down)
+        grad = rounded(
+            grad + low_rank(low_down, downs, row, at, rows, width, *steps, RANKS_DOWN), dh
+        )
     sigmoid = tl.sigmoid(gate)
     silu = gate * sigmoid
-    tl.store(h + row * width + at, silu.to(both.dtype.element_ty).to(tl.float32) * up, at < width)
-    tl.store(gate_at, grad * up * sigmoid * (1.0 + gate - silu), at < width)
-    tl.store(gate_at + width, grad * silu, at < width)
+    tl.store(h + row * width + at, rounded(silu, both) * up, inside)
+    gate_at = both + row * width * 2 + at
+    tl.store(gate_at, grad * up * sigmoid * (1.0 + gate - silu), inside)
+    tl.store(gate_at + width, grad * silu, inside)
+
+
+@triton.jit
+def block(ROWS: tl.constexpr, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    return row[:, None], (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+
+
+@triton.jit
+def gate_and_up(
+    both, low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS: tl.constexpr
+):  # fmt: skip
+    inside = (row < rows) & (at < width)
+    gate_at = both + row * width * 2 + at
+    gate = tl.load(gate_at, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_at + width, inside, 0.0).to(tl.float32)
+    if RANKS:
+        beyond = ups + width * column_step
+        gate += low_rank(low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS)
+        up += low_rank(low, beyond, row, at, rows, width, ranks, column_step, rank_step, RANKS)
+        gate, up = rounded(gate, both), rounded(up, both)
+    return gate, up
+
+
+@triton.jit
+def low_rank(
+    low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS: tl.constexpr
+):  # fmt: skip
+    rank = tl.arange(0, RANKS)
+    left = tl.load(low + row * ranks + rank[None, :], (row < rows) & (rank[None, :] < ranks), 0.0)
+    right_at = ups + at * column_step + rank[:, None] * rank_step
+    right = tl.load(right_at, (at < width) & (rank[:, None] < ranks), 0.0)
+    return tl.dot(left, right)
 
 
 @triton.jit
