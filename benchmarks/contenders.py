@@ -79,7 +79,9 @@ ON_CPU = (
 
 LIGER = {"use_liger_kernel": True}
 TRL = ("trl", "datasets")
-UNSLOTH: dict[str, Any] = {"needs": ("unsloth", "unsloth_zoo", *TRL), "reads_weights": True}
+UNSLOTH: dict[str, Any] = {
+    "needs": ("unsloth", "unsloth_zoo", "bitsandbytes", *TRL), "reads_weights": True,
+}  # fmt: skip
 # The most telling first: what comes last is what a short run leaves out.
 ON_GPU = (
     Contender("lorafit", "as it comes"),
