@@ -54,7 +54,9 @@ def trainer(job: Job, rows: Sequence[dict[str, list[int]]], report: Report) -> t
         model=model(job, recompute=recompute),
         args=SFTConfig(
             **{"max_length": LONGEST, **base.arguments(job, knobs)},
-            dataset_kwargs={"skip_prepare_dataset": True},
+            gradient_checkpointing=bool(recompute),  # else TRL's default turns it on
+            # on a GPU it must see for itself that no example is too long, or pads them
+            dataset_kwargs={"skip_prepare_dataset": True} if own else None,
         ),
         train_dataset=Dataset.from_list(list(rows)),
         processing_class=tokenizer,
