@@ -20,6 +20,8 @@ class Contender:
 
     Attributes:
         core: Measured in fp32 too where bf16 is native; the others there in bf16 alone.
+        needs: Packages that it needs beside the benchmark, where it has no environment of its own.
+        reads_weights: It wants them in a file; the others can draw them on their device.
     """
 
     peer: str
@@ -31,6 +33,8 @@ class Contender:
     compile: bool = False
     core: bool = False
     knobs: dict[str, Any] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+    reads_weights: bool = False
 
     @property
     def name(self) -> str:
@@ -72,6 +76,51 @@ ON_CPU = (
     Contender("litgpt", "2 a batch"),
     Contender("mlx", "2 a batch"),
 )
+
+LIGER = {"use_liger_kernel": True}
+TRL = ("trl", "datasets")
+UNSLOTH: dict[str, Any] = {
+    "needs": ("unsloth", "unsloth_zoo", "bitsandbytes", *TRL), "reads_weights": True,
+}  # fmt: skip
+# The most telling first: what comes last is what a short run leaves out.
+ON_GPU = (
+    Contender("lorafit", "as it comes"),
+    Contender("transformers", "flattened", collate="flatten"),
+    Contender(
+        "transformers", "flattened Liger", collate="flatten", knobs=LIGER, needs=("liger_kernel",)
+    ),
+    Contender("unsloth", "as it comes", collate="flatten", **UNSLOTH),
+    Contender("trl", "padding-free", collate="flatten", needs=TRL),
+    Contender(
+        "trl", "padding-free Liger", collate="flatten", knobs=LIGER, needs=(*TRL, "liger_kernel")
+    ),
+    Contender(
+        "transformers", "grouped Liger", order="group_by_length", knobs=LIGER,
+        needs=("liger_kernel",),
+    ),
+    Contender(
+        "unsloth", "as it comes recomputed", collate="flatten",
+        knobs={"use_gradient_checkpointing": "unsloth"}, **UNSLOTH,
+    ),
+    Contender("transformers", "grouped", order="group_by_length"),
+    Contender("unsloth", "padded compiled", **UNSLOTH),
+    Contender("transformers", "padded"),
+    Contender("lorafit", "as given", knobs={"layout": "as_given"}),
+)  # fmt: skip
+
+
+def on_gpu(peers: list[str], settings: list[str], *, knobs: dict[str, Any]) -> list[Contender]:
+    """The rows for a GPU.
+
+    Args:
+        settings: Of these names alone; empty: all.
+        knobs: More settings for lorafit's rows.
+    """
+    return [
+        replace(each, knobs=each.knobs | (knobs if each.peer == "lorafit" else {}))
+        for each in ON_GPU
+        if each.peer in peers and (not settings or each.setting in settings)
+    ]
 
 
 def on_cpu(

@@ -11,8 +11,9 @@ from peers.protocol import Job
 
 
 def compare_losses(
-    rows: list[Row], data: Examples, model: Callable[[str], Path], *, device: str, kept: Path
-) -> None:
+    rows: list[Row], data: Examples, model: Callable[[str], Path], *, device: str, kept: Path,
+    limit_s: float = 900,
+) -> None:  # fmt: skip
     """Fill in `reference` of rows that have readings, in nats per supervised token.
 
     Args:
@@ -33,7 +34,7 @@ def compare_losses(
                 dtype=dtype, device=device, knobs={"numbers": missing},
             )  # fmt: skip
             here = environments.here("reference")
-            run = measure.run("run_reference.py", here, job, kept=kept)
+            run = measure.run("run_reference.py", here, job, kept=kept, limit_s=limit_s)
             if run.error:
                 raise RuntimeError(f"the float32 reference failed: {run.error}")
             for event in run.of("scored"):

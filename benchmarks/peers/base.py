@@ -48,8 +48,12 @@ def tokenizer(job: Job) -> Any:
     return AutoTokenizer.from_pretrained(job.model)
 
 
-def arguments(job: Job) -> dict[str, Any]:
-    """Training arguments by the names that transformers, TRL, Unsloth and lorafit share."""
+def arguments(job: Job, knobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Training arguments by the names that transformers, TRL, Unsloth and lorafit share.
+
+    Args:
+        knobs: In place of the job's.
+    """
     return {
         "output_dir": job.scratch, "per_device_train_batch_size": job.batch,
         "gradient_accumulation_steps": job.accumulation, "max_steps": job.steps,
@@ -57,5 +61,6 @@ def arguments(job: Job) -> dict[str, Any]:
         "optim": "adamw_torch", "bf16": job.dtype == "bf16", "use_cpu": job.device == "cpu",
         "train_sampling_strategy": job.order, "logging_steps": job.log_every,
         "logging_first_step": True, "save_strategy": "no", "report_to": "none",
-        "seed": 0, "disable_tqdm": True, "dataloader_pin_memory": job.device == "cuda", **job.knobs,
+        "seed": 0, "disable_tqdm": True, "dataloader_pin_memory": job.device == "cuda",
+        **(job.knobs if knobs is None else knobs),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What runners and the benchmark say to each other: a job on the command line, lines of JSON back.
+"""What runners and the benchmark say to each other: a job on standard input, lines of JSON back.
 
 Owns the words and the stopwatch. Imports nothing beyond the standard library, as it is loaded in
 every peer's environment; a runner knows its library and this file, and nothing of other peers.
@@ -57,8 +57,9 @@ class Job:
 
     @classmethod
     def read(cls) -> "Job":
-        """The job on this process's command line."""
-        return cls(**json.loads(sys.argv[1]))
+        """The job on this process's standard input. Ask when the peer's library is loaded."""
+        _tell({"event": "ready", "at": time.monotonic()})
+        return cls(**json.loads(sys.stdin.readline()))
 
     def rows(self) -> "list[dict[str, list[int]]] | Drawn":
         """The examples: `input_ids` and `labels`."""
@@ -145,8 +146,7 @@ class Report:
         self._say("done", order=flat[: self._job.steps], micro_batches=micro_batches)
 
     def _say(self, event: str, **more: object) -> None:
-        line = {"event": event, "at": time.monotonic(), **_memory(self._job.device), **more}
-        print(f"\n{MARK}{json.dumps(line)}", flush=True)
+        _tell({"event": event, "at": time.monotonic(), **_memory(self._job.device), **more})
 
 
 class Ticks:
@@ -195,6 +195,10 @@ class Seen:
                 ids = ids[length:]
         self.order.append(held)
         return self._collate(rows)
+
+
+def _tell(line: dict[str, object]) -> None:
+    print(f"\n{MARK}{json.dumps(line)}", flush=True)
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str]:

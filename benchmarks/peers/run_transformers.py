@@ -2,6 +2,7 @@
 
 `pad` is its usual collator, `flatten` its DataCollatorWithFlattening: examples of a micro-batch end
 to end, kept apart by their positions. bf16 means a bf16 base and autocast, as the flag `bf16=True`.
+`knobs` reach its TrainingArguments: use_liger_kernel is Liger as transformers applies it.
 """
 
 from transformers import (
@@ -24,7 +25,8 @@ def main() -> None:
     """Train, and report."""
     job = Job.read()
     report = Report(job)
-    report.imported("transformers", "peft", "accelerate", "torch")
+    liger = ["liger_kernel"] if job.knobs.get("use_liger_kernel") else []
+    report.imported("transformers", "peft", "accelerate", *liger, "torch")
     job.refuse(collate=("pad", "flatten"), compile=(False,))
     rows = list(job.rows())
     collate = (

@@ -1,7 +1,10 @@
 """TRL's SFTTrainer with its own defaults but for what is matched; its fused head included.
 
-`pad` is its collator, `pack` its best-fit packing into rows as long as `knobs["max_length"]`, one
-row a micro-batch. Packing runs before the clock starts and is kept by `datasets`.
+`pad` is its collator, `flatten` the same with padding_free, `pack` its best-fit packing into rows
+as long as `knobs["max_length"]`, one row a micro-batch. Packing runs before the clock starts and is
+kept by `datasets`. For the last two TRL warns unless flash-attn is there, as other attention may
+look across examples; with SDPA transformers makes a mask of the positions, and none does (their
+first losses are compared with each example's alone). The mask is dense, and that is what it costs.
 """
 
 from datasets import Dataset
@@ -21,13 +24,14 @@ def main() -> None:
     job = Job.read()
     report = Report(job)
     report.imported("trl", "transformers", "peft", "accelerate", "torch")
-    job.refuse(collate=("pad", "pack"), compile=(False,))
+    job.refuse(collate=("pad", "flatten", "pack"), compile=(False,))
     rows = list(job.rows())
     trainer = SFTTrainer(
         model=base.adapted(job),
         args=SFTConfig(
             **{"max_length": None, "gradient_checkpointing": False, **base.arguments(job)},
             packing=job.collate == "pack",
+            padding_free=job.collate == "flatten",
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=base.tokenizer(job),
