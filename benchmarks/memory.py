@@ -1,11 +1,13 @@
 """Is the memory plan right? What `lorafit plan` says, beside the peak of a run that is measured.
 
-    python benchmarks/memory.py [SHAPE ...] [--tokens 1024]
+    python benchmarks/memory.py [SHAPE ...] [--tokens 1024] [--device cuda] [--jobs 4]
 
-Each run is a fresh process on the CPU in fp32: random weights in files, LoRA of rank 16 on all
-projections, one optimiser step. The peak is the process's resident set (VmHWM), libraries and
-mapped files included; nothing is taken off it. A shape whose plan does not fit this machine is
-said, not run. Results: benchmarks/results/memory.txt and memory.json.
+Each run is a fresh process: LoRA of rank 16 on all projections. On the CPU in fp32, random weights
+in files, one optimiser step; the peak is the process's resident set (VmHWM), libraries and mapped
+files included; nothing is taken off it. On CUDA in bf16, weights drawn there, three steps, so that
+graphs are recorded and replayed; the peak is that of torch's allocator, and the process's own share
+is taken off the forecast. A shape whose plan does not fit this machine is said, not run. Results:
+benchmarks/results/memory.txt and memory.json, with CUDA memory-cuda.txt and .json.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,11 +48,14 @@ def settings(tokens: int) -> tuple[Setting, ...]:
     )
 
 
-def run(shape: shapes.Shape, setting: Setting, *, root: Path) -> dict[str, object]:
+def run(shape: shapes.Shape, setting: Setting, *, root: Path, device: str) -> dict[str, object]:
     """Forecast and peak in bytes, and what was chosen, of one fresh process."""
-    folder = shapes.folder(shape, root, dtype="fp32", weights=True)
+    on_gpu = device == "cuda"
+    folder = shapes.folder(shape, root, dtype="bf16" if on_gpu else "fp32", weights=not on_gpu)
     told = {"model": str(folder), **asdict(setting), "vocabulary": shape.vocabulary}
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    told |= {"device": device}
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    environment |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, __file__, "--worker", json.dumps(told)],
         capture_output=True, text=True, env=environment, check=False,
@@ -64,11 +70,12 @@ def work(told: dict[str, object]) -> None:
     from lorafit import config, forecast
 
     rows, length = int(str(told["rows"])), int(str(told["length"]))
+    on_gpu, steps = told["device"] == "cuda", 3 if told["device"] == "cuda" else 1
     flags = {
         "model": told["model"], "data": "-", "max_length": length, "recompute": told["recompute"],
-        "use_cpu": True, "bf16": False, "eval_strategy": "no", "save_strategy": "no",
+        "use_cpu": not on_gpu, "bf16": on_gpu, "eval_strategy": "no", "save_strategy": "no",
         "load_best_model_at_end": False,
-        "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": 1,
+        "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": steps,
     }  # fmt: skip
     settings = config.load(None, flags)
     said = forecast.make(settings)
@@ -79,10 +86,18 @@ def work(told: dict[str, object]) -> None:
     from lorafit.data.collate import PadCollator
     from lorafit.model import adapters, base
 
-    model = adapters.attach(base.load_model(settings.model), settings.model)
+    if on_gpu:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        with torch.device("cuda"):
+            config_of = AutoConfig.from_pretrained(str(told["model"]))
+            bare = AutoModelForCausalLM.from_config(config_of, dtype=torch.bfloat16)
+    else:
+        bare = base.load_model(settings.model)
+    model = adapters.attach(bare, settings.model)
     generator = torch.Generator().manual_seed(0)
     most = int(str(told["vocabulary"]))
-    ids = torch.randint(most, (rows, length), generator=generator).tolist()
+    ids = torch.randint(most, (rows * steps, length), generator=generator).tolist()
     settings.training.output_dir = tempfile.mkdtemp()
     trainer = lorafit.Trainer(
         model=model,
@@ -92,9 +107,13 @@ def work(told: dict[str, object]) -> None:
     )
     before = resident("VmHWM")
     trainer.train()
-    chosen = trainer._packing
+    chosen, forecast_bytes = trainer._packing, said.plan.total
+    peak = resident("VmHWM")
+    if on_gpu:
+        forecast_bytes -= said.plan.process
+        before, peak = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
     print(json.dumps({
-        "forecast": said.plan.total, "measured": resident("VmHWM"), "loading": before,
+        "forecast": forecast_bytes, "measured": peak, "reserved" if on_gpu else "loading": before,
         "tokens": chosen.budget, "made_again": chosen.recompute, "plan": asdict(said.plan),
     }))  # fmt: skip
 
@@ -120,22 +139,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("shapes", nargs="*", default=[*shapes.SHAPES])
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--worker", type=json.loads)
     given = parser.parse_args()
     if given.worker:
         work(given.worker)
         return
-    root, out = environments.cache(), HERE / "results" / "memory"
+    kind = "memory" if given.device == "cpu" else "memory-cuda"
+    root, out = environments.cache(), given.out or HERE / "results" / kind
     told = machine() | {name: version(name) for name in ("torch", "transformers", "peft")}
     before = out.with_suffix(".json")
     kept = json.loads(before.read_text()) if before.exists() else {}
     points = {(p["shape"], p["name"]): p for p in kept.get("points", [])}
-    for name in given.shapes:
+    asked = [(name, setting) for name in given.shapes for setting in settings(given.tokens)]
+
+    def measured(name: str, setting: Setting) -> dict[str, object]:
         shape = shapes.SHAPES[name]
-        for setting in settings(given.tokens):
-            found: dict[str, object] = {"error": "its weights in fp32 are half of this machine"}
-            if shape.weight_bytes("fp32") < 0.5 * total_memory():
-                found = run(shape, setting, root=root)
+        if given.device == "cpu" and shape.weight_bytes("fp32") >= 0.5 * total_memory():
+            return {"error": "its weights in fp32 are half of this machine"}
+        return run(shape, setting, root=root, device=given.device)
+
+    with ThreadPoolExecutor(given.jobs) as pool:
+        for (name, setting), found in zip(
+            asked, pool.map(measured, *zip(*asked, strict=True)), strict=True
+        ):
             point = {"shape": name, **asdict(setting), **found}
             points[name, setting.name] = point
             print(line(point), flush=True)
@@ -151,7 +180,8 @@ def write(out: Path, told: dict[str, object], points: list[dict[str, object]]) -
         f"{'measured':>10}      off"
     )
     said = [f"{key}: {value}" for key, value in told.items()]
-    text = [*said, "", "GB of resident memory at the peak", head, *map(line, points)]
+    kind = "torch's allocator" if "cuda" in out.name else "resident memory"
+    text = [*said, "", f"GB of {kind} at the peak", head, *map(line, points)]
     out.parent.mkdir(exist_ok=True)
     out.with_suffix(".txt").write_text("\n".join(text) + "\n")
     out.with_suffix(".json").write_text(json.dumps(told | {"points": points}, indent=1) + "\n")
