@@ -1,5 +1,6 @@
 """What graphs are recorded for, and what fills a micro-batch up; recording is for tests/gpu."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorafit.engine.graph import LEAST, Size, Sums, rung
+from lorafit.kernels import tiles
 
 lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=300)
 
@@ -15,11 +17,16 @@ lengths = st.lists(st.integers(1, 3000), min_size=1, max_size=300)
 @given(lengths)
 def test_a_size_holds_its_documents_and_what_fills_it(lengths: list[int]) -> None:
     size = Size.holding(lengths)
-    starts = size.starts(lengths)
+    starts, table = (x if x is None else x.tolist() for x in size.tables(lengths))
     between = [end - start for start, end in pairwise(starts)]
     assert between[: len(lengths)] == lengths, "documents lie where they lay"
     assert starts[-1] == size.tokens and len(starts) == size.documents + 1
     assert all(0 <= length <= size.longest for length in between)
+    assert (table is not None) == size.tiled
+    assert size.tables([])[0][-1] == size.tokens, "what a graph is warmed up on"
+    tiled = replace(size, tiled=True).tables(lengths)[1]
+    assert tiled is not None
+    assert len(tiled) == tiles.most(size.tokens, size.documents), "recorded graphs read so many"
 
 
 @given(st.integers(1, 1_000_000))

@@ -3,13 +3,14 @@
 pytest -m gpu tests/gpu
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from lorafit.kernels import cuda
+from lorafit.kernels import attention, cuda, tiles
 from lorafit.kernels.attention import Documents, Look, attend, reference
 from tests.kernels.test_attention import LENGTHS, E, heads
 from tests.kernels.test_elementwise import every_pass
@@ -37,6 +38,41 @@ def test_attention_is_the_reference(dtype: torch.dtype, window: int) -> None:
         assert a is not None and b is not None
         error = (a.detach().double().cpu() - b.detach()).norm() / b.detach().norm()
         assert float(error) < (1e-4 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("way", ["tiles", "flash"])
+@pytest.mark.parametrize("shape", [(9, 3, 64), (8, 2, 64), (4, 2, 128)])
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_ways_are_the_reference(
+    dtype: torch.dtype, window: int, shape: tuple[int, int, int], way: str
+) -> None:
+    lengths, (count, groups, width) = (1, 63, 64, 65, 200, 513, 30), shape
+    documents, look = Documents.on(torch.device("cuda"), lengths), Look(width**-0.5, window)
+    assert documents.tiles is not None and tiles.takes(torch.empty(1, count, width))
+    if way == "flash":
+        documents = replace(documents, tiles=None)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(sum(lengths), count + 2 * groups, width, generator=generator).to(dtype)
+    dout = torch.randn(rows[:, :count].shape, generator=generator).to(dtype)
+    results = []
+    for _ in range(2):
+        wide = rows.cuda()
+        q, k, v = wide.split((count, groups, groups), dim=1)
+        out, lse = attention.forward((q, k, v), documents=documents, look=look)
+        dq, dk, dv = torch.full_like(wide, 7.0).split((count, groups, groups), dim=1)
+        kept = (q, k, v, out, lse)
+        attention.backward(dout.cuda(), kept, grads=(dq, dk, dv), documents=documents, look=look)
+        results.append((out, dq, dk, dv))
+    if way == "tiles":
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)), "bit for bit"
+    exact = [x.double().requires_grad_() for x in rows.split((count, groups, groups), dim=1)]
+    truth = reference((exact[0], exact[1], exact[2]), documents=Documents(lengths), look=look)
+    truth.backward(dout.double())
+    for a, b in zip(results[0], (truth, *(x.grad for x in exact)), strict=True):
+        assert b is not None
+        error = (a.double().cpu() - b.detach()).norm() / b.detach().norm()
+        assert float(error) < (2e-2 if dtype == torch.bfloat16 else 3e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

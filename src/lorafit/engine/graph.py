@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorafit.kernels import tiles
 from lorafit.kernels.attention import Documents
 from lorafit.kernels.lora import Counters
 from lorafit.model.fused import Decoder
@@ -31,11 +32,13 @@ MOST_GRAPHS = 64
 
 @dataclass(frozen=True)
 class Size:
-    """What a graph is recorded for: tokens, documents, and a bound on the longest."""
+    """What a graph is recorded for: tokens, documents, a bound on the longest, and whether
+    attention takes them by tiles."""
 
     tokens: int
     documents: int
     longest: int
+    tiled: bool
 
     @classmethod
     def holding(cls, lengths: Sequence[int]) -> "Size":
@@ -43,14 +46,21 @@ class Size:
         the bound are counted coarsely, as what is not there costs next to nothing."""
         tokens, longest = rung(sum(lengths)), power_of_four(max(lengths), least=512)
         filling = -(-(tokens - sum(lengths)) // longest)
-        return cls(tokens, power_of_four(len(lengths) + filling, least=32), longest)
+        documents = power_of_four(len(lengths) + filling, least=32)
+        return cls(tokens, documents, longest, tiles.wins(lengths))
 
-    def starts(self, lengths: Sequence[int]) -> list[int]:
-        """Where documents of these lengths begin, then those that fill up, then empty ones."""
+    def filled(self, lengths: Sequence[int]) -> list[int]:
+        """These lengths, then those of documents that fill up, then of empty ones."""
         left = self.tokens - sum(lengths)
         filling = [min(self.longest, left - at) for at in range(0, left, self.longest)]
-        empty = [0] * (self.documents - len(lengths) - len(filling))
-        return list(accumulate([*lengths, *filling, *empty], initial=0))
+        return [*lengths, *filling, *[0] * (self.documents - len(lengths) - len(filling))]
+
+    def tables(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor | None]:
+        """What attention reads of the filled documents, on the host: `starts` and `tiles`."""
+        filled = self.filled(lengths)
+        starts = torch.tensor(list(accumulate(filled, initial=0)), dtype=torch.int32)
+        room = tiles.most(self.tokens, self.documents)
+        return starts, tiles.table(filled, room) if self.tiled else None
 
 
 def rung(tokens: int) -> int:
@@ -178,8 +188,8 @@ class _Inputs:
             for _ in range(4 if counted else 2)
         )
         self.counters = Counters(*counters) if counted else None
-        starts = torch.zeros(size.documents + 1, dtype=torch.int32, device=device)
-        self.documents = Documents((), starts, size.longest)
+        starts, table = (x if x is None else x.to(device) for x in size.tables([]))
+        self.documents = Documents((), starts, size.longest, table)
 
     def fill(
         self,
@@ -197,9 +207,10 @@ class _Inputs:
         for into, tensor in given:
             into[: len(tensor)].copy_(tensor)
             into[len(tensor) :].zero_()
-        assert self.documents.starts is not None
-        starts = torch.tensor(self.size.starts(documents.lengths), dtype=torch.int32)
-        self.documents.starts.copy_(starts, non_blocking=True)
+        recorded = self.documents.starts, self.documents.tiles
+        for into, table in zip(recorded, self.size.tables(documents.lengths), strict=True):
+            if into is not None and table is not None:
+                into.copy_(table, non_blocking=True)
 
     def run(self, decoder: Decoder) -> Tensor:
         """What the layers make of it and of what fills it up, [T, D]."""

@@ -4,7 +4,8 @@
 computes the probabilities again from it (Dao et al. 2022, FlashAttention), so that nothing of size
 T x T is kept. The CPU takes document by document and block by block of queries in batched matrix
 products with one fused softmax pass between them, or torch's flash kernel where there is no
-compiler; CUDA takes all documents in one call of torch's variable-length flash attention.
+compiler; CUDA takes all documents at once: short ones tile by tile (tiles.py), long ones in one
+call of torch's variable-length flash attention.
 
 `attend` is the same as one autograd node, for models that run their own forward.
 Shapes: `T` tokens, `H` query heads, `G` key heads, `E` head width, `L` tokens of a document.
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorafit.kernels import native
+from lorafit.kernels import native, tiles
 from lorafit.kernels.elementwise import accumulating
 
 BLOCK = 256
@@ -35,11 +36,13 @@ class Documents:
         starts: On the device, int32 [documents + 1], 0 first: what CUDA's kernel reads. None on
             the CPU.
         bound: No document is longer, where `starts` alone says how long they are; 0: see `lengths`.
+        tiles: On the device, int32 [N, 3]: what tiles.py reads. None where its way is not taken.
     """
 
     lengths: tuple[int, ...]
     starts: Tensor | None = None
     bound: int = 0
+    tiles: Tensor | None = None
 
     @staticmethod
     def on(device: torch.device, lengths: Sequence[int]) -> "Documents":
@@ -47,7 +50,8 @@ class Documents:
         if device.type != "cuda":
             return Documents(tuple(lengths))
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return Documents(tuple(lengths), ends.to(device, non_blocking=True))
+        table = tiles.table(lengths).to(device, non_blocking=True) if tiles.wins(lengths) else None
+        return Documents(tuple(lengths), ends.to(device, non_blocking=True), tiles=table)
 
     @property
     def longest(self) -> int:
@@ -93,6 +97,9 @@ def forward(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Te
     sums, H floats a token (float32; float64 for float64)."""
     q_THE, k_TGE, v_TGE = qkv
     if _runs_on_cudas_kernel(q_THE):
+        table = _table(q_THE, documents)
+        if table is not None:
+            return tiles.forward(qkv, table, scale=look.scale, window=look.window)
         return _flash(qkv, documents=documents, look=look)
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     lse = q_THE.new_empty(q_THE.shape[:2].numel(), dtype=accumulating(q_THE.dtype))
@@ -120,6 +127,12 @@ def backward(
     """
     q_THE, k_TGE, v_TGE, out_THE, lse = kept
     if _runs_on_cudas_kernel(q_THE):
+        table = _table(q_THE, documents)
+        if table is not None:
+            tiles.backward(
+                dout_THE, kept, grads=grads, tiles_N3=table, scale=look.scale, window=look.window
+            )
+            return
         made = _flash_backward(dout_THE, kept, documents=documents, look=look)
         for grad, computed in zip(grads, made, strict=True):
             grad.copy_(computed)
@@ -279,6 +292,11 @@ def _runs_on_cudas_kernel(q_THE: Tensor) -> bool:
     return q_THE.is_cuda and q_THE.dtype in (torch.bfloat16, torch.float16)
 
 
+def _table(q_THE: Tensor, documents: Documents) -> Tensor | None:
+    """The tiles to take, or None where it is torch's kernel's."""
+    return documents.tiles if tiles.takes(q_THE) else None
+
+
 def _flash(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Tensor]:
     # The operators beneath torch.nn.attention.varlen, whose own signature differs between 2.11
     # and 2.13; these take fewer key heads than query heads as they are.
@@ -327,10 +345,9 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *douts: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         documents, look = ctx.how
-        q_THE, k_TGE, v_TGE = ctx.saved_tensors[:3]
-        grads = torch.empty_like(q_THE), torch.empty_like(k_TGE), torch.empty_like(v_TGE)
-        backward(douts[0], ctx.saved_tensors, grads=grads, documents=documents, look=look)
-        return (*grads, None, None)
+        q, k, v = (x.new_empty(x.shape) for x in ctx.saved_tensors[:3])
+        backward(douts[0], ctx.saved_tensors, grads=(q, k, v), documents=documents, look=look)
+        return q, k, v, None, None
 
 
 def attend(qkv: Heads, *, documents: Documents, look: Look) -> Tensor:

@@ -116,7 +116,7 @@ def swiglu(both_T2F: Tensor, low: Any) -> Tensor:
     return h_TF
 
 
-def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor, low: Any, low_dh: Any) -> Tensor:
+def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor, *, low: Any, low_dh: Any) -> Tensor:
     """See elementwise.py."""
     h_TF = torch.empty_like(dh_TF)
     (added, ranks), (added_dh, ranks_dh) = _low(low, both_T2F), _low(low_dh, both_T2F)

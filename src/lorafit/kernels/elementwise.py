@@ -226,7 +226,7 @@ def swiglu_backward_(
         call(both_T2F, dh_TF, h_TF, *h_TF.shape)
         return h_TF
     if cuda.runs(both_T2F, dh_TF):
-        return cuda.swiglu_backward_(both_T2F, dh_TF, low, low_dh)
+        return cuda.swiglu_backward_(both_T2F, dh_TF, low=low, low_dh=low_dh)
     whole_T2F, dh_TF = _added(both_T2F, low), _added(dh_TF, low_dh)
     gate_TF, up_TF = whole_T2F.to(accumulating(both_T2F.dtype)).chunk(2, dim=-1)
     sigmoid_TF = gate_TF.sigmoid()
