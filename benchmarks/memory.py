@@ -161,6 +161,8 @@ def main() -> None:
             return {"error": "its weights in fp32 are half of this machine"}
         return run(shape, setting, root=root, device=given.device)
 
+    import transformers.models.auto  # noqa: F401  as threads may not load it at once
+
     with ThreadPoolExecutor(given.jobs) as pool:
         for (name, setting), found in zip(
             asked, pool.map(measured, *zip(*asked, strict=True)), strict=True

@@ -87,7 +87,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
     def sent(tensor: Tensor) -> Tensor:
         pins = device.type == "cuda" and tensor.device.type == "cpu"
-        return (tensor.pin_memory() if pins else tensor).to(device, non_blocking=True)
+        home = tensor.contiguous().pin_memory() if pins else tensor  # an expanded one has none
+        return home.to(device, non_blocking=True)
 
     return mapped(value, sent)
 

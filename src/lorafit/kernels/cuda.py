@@ -109,10 +109,8 @@ def swiglu(both_T2F: Tensor, low: Any) -> Tensor:
     """See elementwise.py."""
     rows, width = len(both_T2F), both_T2F.shape[1] // 2
     h_TF = both_T2F.new_empty(rows, width)
-    added, ranks = _low(low, both_T2F)
-    _kernels().swiglu[_grid(h_TF)](
-        both_T2F, h_TF, *added, rows, width, *ranks, RANKS=_width(low), **_BLOCK
-    )
+    (added, ranks), (grid, tile) = _low(low, both_T2F), _blocks(h_TF)
+    _kernels().swiglu[grid](both_T2F, h_TF, *added, rows, width, *ranks, RANKS=_width(low), **tile)
     return h_TF
 
 
@@ -120,19 +118,23 @@ def swiglu_backward_(both_T2F: Tensor, dh_TF: Tensor, *, low: Any, low_dh: Any) 
     """See elementwise.py."""
     h_TF = torch.empty_like(dh_TF)
     (added, ranks), (added_dh, ranks_dh) = _low(low, both_T2F), _low(low_dh, both_T2F)
-    _kernels().swiglu_backward[_grid(h_TF)](
+    grid, tile = _blocks(h_TF)
+    _kernels().swiglu_backward[grid](
         both_T2F, dh_TF, h_TF, *added, *added_dh, *h_TF.shape, *ranks, *ranks_dh,
-        RANKS=_width(low), RANKS_DOWN=_width(low_dh), **_BLOCK,
+        RANKS=_width(low), RANKS_DOWN=_width(low_dh), **tile,
     )  # fmt: skip
     return h_TF
 
 
-_BLOCK = {"ROWS": 32, "TILE": 128}
+_ROWS, _COLUMNS, _PROGRAMS = 32, 64, 1024
 
 
-def _grid(h_TF: Tensor) -> tuple[int, int]:
-    rows, width = h_TF.shape
-    return -(-rows // _BLOCK["ROWS"]), -(-width // _BLOCK["TILE"])
+def _blocks(h_TF: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid, and the tile: so many columns of some rows, several times one below the other, as
+    what is added to them is read once; fewer times where there would be too few programs."""
+    rows, columns = -(-len(h_TF) // _ROWS), -(-h_TF.shape[1] // _COLUMNS)
+    steps = min(8, _power(rows * columns // _PROGRAMS))
+    return (-(-rows // steps), columns), {"ROWS": _ROWS, "TILE": _COLUMNS, "STEPS": steps}
 
 
 def _low(low: Any, instead: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[int, int, int]]:

@@ -144,72 +144,83 @@ def rounded(value, like):
 @triton.jit
 def swiglu(
     both, h, low, ups, rows, width, ranks, column_step, rank_step,
-    RANKS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    RANKS: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    row, at = block(ROWS, TILE)
-    gate, up = gate_and_up(
-        both, low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS
-    )
-    silu = rounded(gate * tl.sigmoid(gate), h)
-    tl.store(h + row * width + at, silu * up, (row < rows) & (at < width))
+    at = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+    gates, uppers = 0, 0
+    if RANKS:
+        gates = columns_of(ups, at, width, ranks, column_step, rank_step, RANKS)
+        beyond = ups + width * column_step
+        uppers = columns_of(beyond, at, width, ranks, column_step, rank_step, RANKS)
+    for step in range(STEPS):
+        row = row_of(step, ROWS, STEPS)
+        inside = (row < rows) & (at < width)
+        gate, up = gate_and_up(both, low, gates, uppers, row, at, rows, width, ranks, RANKS)
+        silu = rounded(gate * tl.sigmoid(gate), h)
+        tl.store(h + row * width + at, silu * up, inside)
 
 
 @triton.jit
 def swiglu_backward(
     both, dh, h, low, ups, low_down, downs, rows, width,
     ranks, column_step, rank_step, ranks_down, column_step_down, rank_step_down,
-    RANKS: tl.constexpr, RANKS_DOWN: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+    RANKS: tl.constexpr, RANKS_DOWN: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    row, at = block(ROWS, TILE)
-    inside = (row < rows) & (at < width)
-    gate, up = gate_and_up(
-        both, low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS
-    )
-    grad = tl.load(dh + row * width + at, inside, 0.0).to(tl.float32)
+    at = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+    gates, uppers = 0, 0
+    if RANKS:
+        gates = columns_of(ups, at, width, ranks, column_step, rank_step, RANKS)
+        beyond = ups + width * column_step
+        uppers = columns_of(beyond, at, width, ranks, column_step, rank_step, RANKS)
     if RANKS_DOWN:
         steps = (ranks_down, column_step_down, rank_step_down)
-        grad = rounded(
-            grad + low_rank(low_down, downs, row, at, rows, width, *steps, RANKS_DOWN), dh
-        )
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(h + row * width + at, rounded(silu, both) * up, inside)
-    gate_at = both + row * width * 2 + at
-    tl.store(gate_at, grad * up * sigmoid * (1.0 + gate - silu), inside)
-    tl.store(gate_at + width, grad * silu, inside)
+        lowers = columns_of(downs, at, width, *steps, RANKS_DOWN)
+    for step in range(STEPS):
+        row = row_of(step, ROWS, STEPS)
+        inside = (row < rows) & (at < width)
+        gate, up = gate_and_up(both, low, gates, uppers, row, at, rows, width, ranks, RANKS)
+        grad = tl.load(dh + row * width + at, inside, 0.0).to(tl.float32)
+        if RANKS_DOWN:
+            left = rows_of(low_down, row, rows, ranks_down, RANKS_DOWN)
+            grad = rounded(grad + tl.dot(left, lowers, input_precision="ieee"), dh)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        tl.store(h + row * width + at, rounded(silu, both) * up, inside)
+        gate_at = both + row * width * 2 + at
+        tl.store(gate_at, grad * up * sigmoid * (1.0 + gate - silu), inside)
+        tl.store(gate_at + width, grad * silu, inside)
 
 
 @triton.jit
-def block(ROWS: tl.constexpr, TILE: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return row[:, None], (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
+def row_of(step, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    first = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS
+    return (first + tl.arange(0, ROWS))[:, None]
 
 
 @triton.jit
-def gate_and_up(
-    both, low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS: tl.constexpr
-):  # fmt: skip
+def gate_and_up(both, low, gates, uppers, row, at, rows, width, ranks, RANKS: tl.constexpr):
     inside = (row < rows) & (at < width)
     gate_at = both + row * width * 2 + at
     gate = tl.load(gate_at, inside, 0.0).to(tl.float32)
     up = tl.load(gate_at + width, inside, 0.0).to(tl.float32)
     if RANKS:
-        beyond = ups + width * column_step
-        gate += low_rank(low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS)
-        up += low_rank(low, beyond, row, at, rows, width, ranks, column_step, rank_step, RANKS)
-        gate, up = rounded(gate, both), rounded(up, both)
+        left = rows_of(low, row, rows, ranks, RANKS)
+        gate = rounded(gate + tl.dot(left, gates, input_precision="ieee"), both)
+        up = rounded(up + tl.dot(left, uppers, input_precision="ieee"), both)
     return gate, up
 
 
 @triton.jit
-def low_rank(
-    low, ups, row, at, rows, width, ranks, column_step, rank_step, RANKS: tl.constexpr
-):  # fmt: skip
-    rank = tl.arange(0, RANKS)
-    left = tl.load(low + row * ranks + rank[None, :], (row < rows) & (rank[None, :] < ranks), 0.0)
-    right_at = ups + at * column_step + rank[:, None] * rank_step
-    right = tl.load(right_at, (at < width) & (rank[:, None] < ranks), 0.0)
-    return tl.dot(left, right)
+def columns_of(ups, at, width, ranks, column_step, rank_step, RANKS: tl.constexpr):
+    rank = tl.arange(0, RANKS)[:, None]
+    return tl.load(ups + at * column_step + rank * rank_step, (at < width) & (rank < ranks), 0.0)
+
+
+@triton.jit
+def rows_of(low, row, rows, ranks, RANKS: tl.constexpr):
+    rank = tl.arange(0, RANKS)[None, :]
+    return tl.load(low + row * ranks + rank, (row < rows) & (rank < ranks), 0.0)
 
 
 @triton.jit

@@ -73,23 +73,23 @@ def sign_of(module: nn.Module) -> tuple[Any, ...]:
     own = vars(module)
     parts = own["_modules"]
     beneath = parts.get("base_layer", module)
-    looks = (*(len(own[name]) for name in HOOKS), "forward" in own)
+    hooks = [len(own[name]) for name in HOOKS]
     weights = [
         (id(weight), weight.data_ptr(), weight._version, weight.requires_grad)
         for weight in vars(beneath)["_parameters"].values()
         if weight is not None
     ]
+    plain = (id(module), "forward" in own, hooks, weights)
     if beneath is module:
-        return (id(module), looks, weights)
+        return plain
     layer: Any = module
-    active, inner = layer._active_adapter, ("lora_A", "lora_B", "lora_dropout")
+    drops = [vars(drop).get("p") for drop in vars(parts["lora_dropout"])["_modules"].values()]
+    held = [[*vars(parts[name])["_modules"].values()] for name in ("lora_A", "lora_B")]
     return (
-        *(id(module), id(beneath), looks, weights),
-        *(active if isinstance(active, str) else tuple(active), layer._disable_adapters),
-        *(tuple(own[name]) for name in ("merged_adapters", "lora_variant")),
-        *(tuple(own[name].items()) for name in ("scaling", "lora_bias")),
-        [(id(m), vars(m).get("p")) for n in inner for m in vars(parts[n])["_modules"].values()],
-    )
+        *plain, id(beneath), str(layer._active_adapter), layer._disable_adapters, drops, held,
+        [*own["merged_adapters"]], [*own["lora_variant"]],
+        [*own["scaling"].items()], [*own["lora_bias"].items()],
+    )  # fmt: skip
 
 
 _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
