@@ -20,8 +20,8 @@ from lorafit.kernels import cuda
 BLOCK = 64
 """Tokens of a tile, of queries and of keys."""
 MEAN_CONTEXT = 2048
-"""Tokens of the document around a token, on average, up to which tiles win, or lose a fiftieth (heads
-of 128) and give the same bits in every run. Longer ones were not measured
+"""Tokens of the document around a token, on average, up to which tiles win, or lose a fiftieth (at
+heads of 128) and give the same bits in every run; longer ones are not measured
 (benchmarks/results/attention-cuda.txt)."""
 WIDTHS = (16, 32, 64, 128)
 """Of heads: powers of two that a matrix product takes."""
