@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorafit.kernels import lora
+from lorafit.kernels import elementwise, lora
 from lorafit.kernels.attention import Documents, Look
 from lorafit.kernels.attention_half import Around, AttentionHalf, attention_half
 from lorafit.kernels.lora import Adapter, Counters, Layers
@@ -100,9 +100,13 @@ def test_the_attention_half_passes_gradcheck(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4])
-def test_the_mlp_half_passes_gradcheck(share: float) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_the_mlp_half_passes_gradcheck(
+    share: float, late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With gate and up made again; where they are kept they become gradients in place, so that
-    backward may run once, and gives the same bits."""
+    backward may run once, and gives the same bits. `late`: as CUDA adds what adapters add."""
+    monkeypatch.setattr(elementwise, "adds_low", lambda _: late)
     half, factors = mlp_parts(share)
     x, trained, shared = wide(T, D).requires_grad_(), leaves(factors), around(share).counters
     how: dict[str, Any] = {"counters": shared, "dtype": torch.float64}

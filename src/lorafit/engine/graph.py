@@ -3,7 +3,8 @@
 Small models on a GPU wait for the host, which takes longer to launch a pass than the GPU to run it;
 a replay is one launch. A micro-batch is filled up to the next of a ladder of sizes by documents
 from which nothing is predicted: no other document sees them and their gradients are exactly 0. A
-size is recorded when it is met for the second time, so that a short run pays nothing. Gradients are added up in tensors of their own, which become the parameters' `.grad`.
+size is recorded when it is met for the second time, so that a short run pays nothing. Gradients are
+added up in tensors of their own, which become the parameters' `.grad`.
 `LORAFIT_GRAPHS=0` leaves all this out.
 """
 
@@ -42,7 +43,7 @@ class Size:
     @classmethod
     def holding(cls, lengths: Sequence[int]) -> "Size":
         """The smallest that holds documents of these lengths, and what fills it up. Documents and
-        the bound are counted coarsely, as what is not there costs next to nothing."""
+        the bound are counted coarsely, so that sizes are few: an empty tile leaves at once."""
         tokens, longest = rung(sum(lengths)), power_of_four(max(lengths), least=512)
         filling = -(-(tokens - sum(lengths)) // longest)
         documents = power_of_four(len(lengths) + filling, least=32)

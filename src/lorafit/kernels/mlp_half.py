@@ -97,9 +97,9 @@ class _Node(torch.autograd.Function):
             dy_TD, half.down, joined=joined_down, counters=counters, adds=not late
         )
         assert dh_TF is not None
-        low_dh = (
-            (dxa_TR, joined_down.a_RD.T) if late and joined_down and dxa_TR is not None else None
-        )
+        low_dh = None
+        if late and dxa_TR is not None and joined_down is not None:
+            low_dh = dxa_TR, joined_down.a_RD.T
         h_TF = elementwise.swiglu_backward_(both_T2F, dh_TF, low=_low(xa_TR, joined), low_dh=low_dh)
         # from here on `both_T2F` are gradients
         grads_down = lora.backward_factors(
