@@ -86,7 +86,8 @@ def moved(value: Any, device: torch.device) -> Any:
     GPU has done all that was asked of it. Mappings are copied, as an override may change them."""
 
     def sent(tensor: Tensor) -> Tensor:
-        pins = device.type == "cuda" and tensor.device.type == "cpu"
+        plain = type(tensor) is Tensor and tensor.layout == torch.strided
+        pins = plain and device.type == "cuda" and tensor.device.type == "cpu"
         home = tensor.contiguous().pin_memory() if pins else tensor  # an expanded one has none
         return home.to(device, non_blocking=True)
 
