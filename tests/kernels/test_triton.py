@@ -34,6 +34,21 @@ for dtype, rounding in ((torch.float32, 1e-6), (torch.float16, 1e-3)):
         error = (ours[name].double() - expected.double()).norm() / expected.double().norm()
         assert float(error) < rounding, (name, float(error))
     assert torch.equal(ours["dropped"], plain["dropped"])
+cuda.runs, cuda._PROGRAMS = lambda *_: True, 1  # several blocks of rows to a program
+for T, F, ranks in ((200, 130, (5, 17)), (300, 64, (33, 1)), (70, 200, (0, 5)), (70, 200, (5, 0))):
+    both, dh = (values(T, width, dtype=torch.float16) for width in (2 * F, F))
+    low, low_dh = (
+        (values(T, r, dtype=torch.float16), values(width, r, dtype=torch.float16)) if r else None
+        for r, width in zip(ranks, (2 * F, F))
+    )
+    made = []
+    for runs in (True, False):
+        cuda.runs = lambda *_, runs=runs: runs
+        grads = both.clone()
+        made.append([elementwise.swiglu(both, low=low), grads])
+        made[-1].append(elementwise.swiglu_backward_(grads, dh.clone(), low=low, low_dh=low_dh))
+    for one, other in zip(*made):
+        assert (one.double() - other.double()).norm() / other.double().norm() < 1e-3, (T, F, ranks)
 lost = cuda.cross_entropy_(values(2, 30, dtype=torch.float32), torch.tensor([3, 30]), 0, 0, 1)
 assert lost.isfinite().tolist() == [True, False], "a label beyond the vocabulary"
 """

@@ -116,8 +116,10 @@ class Replaying:
         if not torch.is_grad_enabled() or self.decoder.recompute == "layer":
             return self.decoder(ids_T, positions_T, rows_N=rows_N, **given)
         sums, size = self._summing(counters), Size.holding(documents.lengths)
+        if size not in self._graphs and not (sums.trained and self._fits(size)):
+            return self.decoder(ids_T, positions_T, rows_N=rows_N, **given)
         inputs = self._met.get(size)
-        if inputs is not None and size not in self._graphs and sums.trained and self._fits(size):
+        if inputs is not None and size not in self._graphs:
             self._pool = self._pool or torch.cuda.graph_pool_handle()
             self._graphs[size] = _Graph(self.decoder, inputs, sums=sums, pool=self._pool)
         if inputs is None:
@@ -138,11 +140,11 @@ class Replaying:
         another than it was."""
         changes = self.decoder.refresh()
         trained = [factor for factor in self.decoder.factors() if factor.requires_grad]
-        pointers = tuple(tensor.data_ptr() for tensor in trained)
+        pointers = tuple((id(tensor), tensor.data_ptr()) for tensor in trained)
         signs = (changes, counters is None, pointers, self.decoder.recompute)
         if signs != self._signs or self._sums is None:
-            self._signs, self._graphs, self._met = signs, {}, {}
-            self._sums = Sums(trained)
+            self.forget()  # the pool too: of one whose graphs are gone nothing can be recorded
+            self._signs, self._sums = signs, Sums(trained)
         return self._sums
 
     def _fits(self, size: Size) -> bool:
@@ -223,7 +225,7 @@ class _Graph:
     """The layers recorded for inputs of one size, which were run before."""
 
     def __init__(self, decoder: Decoder, inputs: _Inputs, *, sums: Sums, pool: Any) -> None:
-        self.sums = sums
+        self.sums, self.inputs = sums, inputs
         self.anchor = torch.zeros((), device=inputs.ids_T.device, requires_grad=True)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward_graph, pool=pool, capture_error_mode="thread_local"):

@@ -103,6 +103,7 @@ class Engine:
         loss = torch.zeros((), device=device)
         if not all(module.training for module in self._modules):  # `train` visits each and sets it
             self.model.train()
+            self._modules = list(self.model.modules())
         with watch.backward():
             for index, batch in enumerate(batches):
                 loss += self.run_part(batch.to(device), whole)

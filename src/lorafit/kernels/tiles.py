@@ -37,8 +37,11 @@ LAUNCHES = {
 
 
 def wins(lengths: Sequence[int]) -> bool:
-    """Whether documents of these lengths are best taken by tiles, where there is Triton."""
-    return sum(x * x for x in lengths) <= MEAN_CONTEXT * sum(lengths) and cuda.available()
+    """Whether documents of these lengths are best taken by tiles, where there is Triton and the GPU
+    has room for them: before Ampere it has not."""
+    known = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (8, 0)
+    short = sum(x * x for x in lengths) <= MEAN_CONTEXT * sum(lengths)
+    return short and known and cuda.available()
 
 
 def takes(q_THE: Tensor) -> bool:

@@ -80,16 +80,19 @@ def sign_of(module: nn.Module) -> tuple[Any, ...]:
         if weight is not None
     ]
     plain = (id(module), "forward" in own, hooks, weights)
-    if beneath is module:
-        return plain
+    if "lora_A" not in parts:
+        return *plain, id(beneath)
     layer: Any = module
-    drops = [vars(drop).get("p") for drop in vars(parts["lora_dropout"])["_modules"].values()]
-    held = [[*vars(parts[name])["_modules"].values()] for name in ("lora_A", "lora_B")]
+    held = [[*vars(parts[name])["_modules"].items()] for name in _HELD]
+    shares = [vars(drop).get("p") for _, drop in held[-1]]
+    told = [[*own[name].items()] for name in ("lora_variant", "scaling", "lora_bias")]
     return (
-        *plain, id(beneath), str(layer._active_adapter), layer._disable_adapters, drops, held,
-        [*own["merged_adapters"]], [*own["lora_variant"]],
-        [*own["scaling"].items()], [*own["lora_bias"].items()],
+        *plain, id(beneath), str(layer._active_adapter), layer._disable_adapters,
+        held, shares, told, [*own["merged_adapters"]],
     )  # fmt: skip
+
+
+_HELD = ("lora_A", "lora_B", "lora_dropout")
 
 
 _LINEAR = ("Linear", "Linear4bit", "Linear8bitLt")
