@@ -3,7 +3,7 @@
 Small models on a GPU wait for the host, which takes longer to launch a pass than the GPU to run it;
 a replay is one launch. A micro-batch is filled up to the next of a ladder of sizes by documents
 from which nothing is predicted: no other document sees them and their gradients are exactly 0. A
-size is recorded when it is met for the second time, so that a short run pays nothing. Gradients are
+size is recorded when it is met for the second time, so that a short run pays little. Gradients are
 added up in tensors of their own, which become the parameters' `.grad`.
 `LORAFIT_GRAPHS=0` leaves all this out.
 """
