@@ -123,6 +123,24 @@ def test_graphs_change_nothing(
     assert loss < 1e-3 and weights < 2e-2
 
 
+def test_graphs_are_recorded_again_after_the_adapter_was_off(tmp_path: Path) -> None:
+    trainer = trained(
+        tmp_path, model_of("llama"), use_cpu=False, bf16=True, num_train_epochs=6, train=False
+    )
+    recorded: list[int] = []
+
+    class Off(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            recorded.append(len(trainer._packing.runner.states.fused._graphs))
+            if state.global_step == 8:
+                with trainer.model.disable_adapter():
+                    trainer.evaluate()
+
+    trainer.add_callback(Off())
+    trainer.train()
+    assert recorded[7] and recorded[-1], recorded
+
+
 def test_a_run_in_bf16_learns_the_same(tmp_path: Path) -> None:
     runs = [
         trained(tmp_path, model_of("llama"), use_cpu=False, bf16=True, layout=layout)
