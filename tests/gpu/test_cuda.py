@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from lorafit.kernels import attention, cuda, tiles
 from lorafit.kernels.attention import Documents, Look, attend, reference
@@ -130,7 +131,7 @@ def test_graphs_are_recorded_again_after_the_adapter_was_off(tmp_path: Path) -> 
     recorded: list[int] = []
 
     class Off(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        def on_step_end(self, args: Any, state: Any, control: Any, **context: Any) -> None:
             recorded.append(len(trainer._packing.runner.states.fused._graphs))
             if state.global_step == 8:
                 with trainer.model.disable_adapter():
