@@ -4,13 +4,10 @@ The interpreter takes what a compiler refuses (two types from one function, say)
 needed to compile for one. In a process of its own, as others read TRITON_INTERPRET on import.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tests.kernels.apart import needs_triton, run
 
 PROGRAMME = """
 import re
@@ -62,19 +59,8 @@ assert launched == made and len(made) == 12, launched ^ made
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("architecture", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_every_kernel_compiles(architecture: int, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    surroundings = os.environ | {
-        "TRITON_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join(
-            [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    surroundings.pop("TRITON_INTERPRET", None)
     programme = PROGRAMME.replace("ARCHITECTURE", str(architecture))
-    done = subprocess.run(
-        [sys.executable, "-c", programme], env=surroundings, capture_output=True, text=True
-    )
-    assert not done.returncode, done.stderr
+    run(programme, TRITON_CACHE_DIR=str(tmp_path))

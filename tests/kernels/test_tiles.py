@@ -4,16 +4,11 @@ In a process of its own, as Triton reads how it is to run when it is imported. b
 tests/gpu: the interpreter cuts where hardware rounds.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.kernels.apart import needs_triton, run
 
 from lorafit.engine.graph import Size
 from lorafit.kernels import cuda, tiles
@@ -136,16 +131,6 @@ def test_long_documents_are_left_to_torchs_kernel(monkeypatch: pytest.MonkeyPatc
     assert tiles.wins([110] * 64) is False
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_tiles_are_the_reference() -> None:
-    root = Path(__file__).parents[2]
-    surroundings = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAMME], env=surroundings, capture_output=True, text=True
-    )
-    assert not done.returncode, done.stderr
+    run(PROGRAMME, TRITON_INTERPRET="1")

@@ -4,13 +4,7 @@ In a process of its own, as Triton reads how it is to run when it is imported. b
 tests/gpu: the interpreter cuts where hardware rounds.
 """
 
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
-from pathlib import Path
-
-import pytest
+from tests.kernels.apart import needs_triton, run
 
 PROGRAMME = """
 import torch
@@ -54,16 +48,6 @@ assert lost.isfinite().tolist() == [True, False], "a label beyond the vocabulary
 """
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 def test_triton_passes_are_the_plain_ones() -> None:
-    root = Path(__file__).parents[2]
-    surroundings = os.environ | {
-        "TRITON_INTERPRET": "1",
-        "PYTHONPATH": os.pathsep.join(
-            [str(root / "src"), str(root), os.environ.get("PYTHONPATH", "")]
-        ),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAMME], env=surroundings, capture_output=True, text=True
-    )
-    assert not done.returncode, done.stderr
+    run(PROGRAMME, TRITON_INTERPRET="1")

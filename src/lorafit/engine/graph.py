@@ -116,16 +116,16 @@ class Replaying:
         if not torch.is_grad_enabled() or self.decoder.recompute == "layer":
             return self.decoder(ids_T, positions_T, rows_N=rows_N, **given)
         sums, size = self._summing(counters), Size.holding(documents.lengths)
-        if size not in self._graphs and not (sums.trained and self._fits(size)):
+        graph, inputs = self._graphs.get(size), self._met.get(size)
+        if graph is None and not (sums.trained and self._fits(size)):
             return self.decoder(ids_T, positions_T, rows_N=rows_N, **given)
-        inputs = self._met.get(size)
-        if inputs is not None and size not in self._graphs:
-            self._pool = self._pool or torch.cuda.graph_pool_handle()
-            self._graphs[size] = _Graph(self.decoder, inputs, sums=sums, pool=self._pool)
         if inputs is None:
             inputs = self._met[size] = _Inputs(size, ids_T.device, counted=counters is not None)
+        elif graph is None:
+            self._pool = self._pool or torch.cuda.graph_pool_handle()
+            graph = _Graph(self.decoder, inputs, sums=sums, pool=self._pool)
+            self._graphs[size] = graph
         inputs.fill(ids_T, positions_T, **given)
-        graph = self._graphs.get(size)
         # what is met first runs as it will be recorded, so that nothing has to be loaded then
         x_TD = _Replay.apply(graph.anchor, graph) if graph else inputs.run(self.decoder)
         assert isinstance(x_TD, Tensor)

@@ -75,8 +75,8 @@ class _Node(torch.autograd.Function):
         n_TD, _ = elementwise.rms_norm(
             x_TD, half.norm_D, eps=half.eps, dtype=dtype, scratch=scratch
         )
-        both_T2F, xa_TR, low = _gate_and_up(n_TD, half, joined=joined[0], counters=counters)
-        h_TF = elementwise.swiglu(both_T2F, scratch, low=low)
+        both_T2F, xa_TR = _gate_and_up(n_TD, half, joined=joined[0], counters=counters)
+        h_TF = elementwise.swiglu(both_T2F, scratch, low=_low(xa_TR, joined[0]))
         y_TD, xa_down_TR = lora.forward(h_TF, half.down, joined=joined[1], counters=counters)
         ctx.how = half, counters, dtype, joined
         ctx.save_for_backward(x_TD, xa_down_TR, *((both_T2F, xa_TR) if keeps else (None, None)))
@@ -91,7 +91,7 @@ class _Node(torch.autograd.Function):
         dy_TD = residual_TD.to(dtype)
         n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype)
         if both_T2F is None:
-            both_T2F, xa_TR, _ = _gate_and_up(n_TD, half, joined=joined, counters=counters)
+            both_T2F, xa_TR = _gate_and_up(n_TD, half, joined=joined, counters=counters)
         late = _adds_late(dy_TD, joined_down) and not (counters and half.down.drops)
         dh_TF, dxa_TR = lora.backward_rows(
             dy_TD, half.down, joined=joined_down, counters=counters, adds=not late
@@ -116,13 +116,10 @@ class _Node(torch.autograd.Function):
 
 def _gate_and_up(
     n_TD: Tensor, half: MlpHalf, *, joined: Joined | None, counters: Counters | None
-) -> tuple[Tensor, Tensor | None, Low | None]:
-    """Both [T, 2F], x·A, and what is still to be added to both."""
+) -> tuple[Tensor, Tensor | None]:
+    """Both [T, 2F], to which `_low` is still to be added, and x·A."""
     late = _adds_late(n_TD, joined)
-    both_T2F, xa_TR = lora.forward(
-        n_TD, half.gate_up, joined=joined, counters=counters, adds=not late
-    )
-    return both_T2F, xa_TR, _low(xa_TR, joined)
+    return lora.forward(n_TD, half.gate_up, joined=joined, counters=counters, adds=not late)
 
 
 def _low(xa_TR: Tensor | None, joined: Joined | None) -> Low | None:

@@ -146,13 +146,18 @@ def column(x, head, tokens):
 
 @triton.jit
 def rows(x, first, row, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    token = tl.arange(0, BLOCK)[:, None]
-    at = x + tl.cast(first, tl.int64) * row + token * row + tl.arange(0, WIDTH)[None, :]
-    return tl.load(at, first + token < end, 0.0)
+    at, inside = spots(x, first, row, end, BLOCK, WIDTH)
+    return tl.load(at, inside, 0.0)
 
 
 @triton.jit
 def put(x, value, first, row, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    at, inside = spots(x, first, row, end, BLOCK, WIDTH)
+    tl.store(at, value.to(x.dtype.element_ty), inside)
+
+
+@triton.jit
+def spots(x, first, row, end, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
     token = tl.arange(0, BLOCK)[:, None]
     at = x + tl.cast(first, tl.int64) * row + token * row + tl.arange(0, WIDTH)[None, :]
-    tl.store(at, value.to(x.dtype.element_ty), first + token < end)
+    return at, first + token < end

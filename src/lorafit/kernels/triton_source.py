@@ -59,8 +59,7 @@ def rotate(
     token, head, at = places(HEADS, HALF)
     inside = (head < heads) & (at < half)
     low_at = x + token * stride + head * half * 2 + at
-    low = tl.load(low_at, inside, 0.0).to(tl.float32)
-    high = tl.load(low_at + half, inside, 0.0).to(tl.float32)
+    low, high = halves(low_at, inside, half)
     low, high = turned(low, high, cosine, sine, token, half, at, sign)
     tl.store(low_at, low, inside)
     tl.store(low_at + half, high, inside)
@@ -69,6 +68,12 @@ def rotate(
 @triton.jit
 def places(HEADS: tl.constexpr, HALF: tl.constexpr):
     return tl.program_id(0).to(tl.int64), tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
+
+
+@triton.jit
+def halves(low_at, inside, half):
+    low = tl.load(low_at, inside, 0.0).to(tl.float32)
+    return low, tl.load(low_at + half, inside, 0.0).to(tl.float32)
 
 
 @triton.jit
@@ -107,8 +112,7 @@ def norm_heads_backward(
     token, head, at = places(HEADS, HALF)
     inside = (head < heads) & (at < half)
     grad_at = grad + token * grad_stride + head * half * 2 + at
-    low = tl.load(grad_at, inside, 0.0).to(tl.float32)
-    high = tl.load(grad_at + half, inside, 0.0).to(tl.float32)
+    low, high = halves(grad_at, inside, half)
     low, high = turned(low, high, cosine, sine, token, half, at, -1.0)
     weight_low, weight_high = head_weights(query, key, head, split, at, half)
     low, high = rounded(low, grad) * weight_low, rounded(high, grad) * weight_high
@@ -122,8 +126,7 @@ def norm_heads_backward(
 
 @triton.jit
 def scaled_head(low_at, inside, half, eps):
-    low = tl.load(low_at, inside, 0.0).to(tl.float32)
-    high = tl.load(low_at + half, inside, 0.0).to(tl.float32)
+    low, high = halves(low_at, inside, half)
     squares = tl.sum(low * low, 1) + tl.sum(high * high, 1)
     return low, high, tl.rsqrt(squares / (half * 2) + eps)[:, None]
 
@@ -150,9 +153,7 @@ def swiglu(
     at = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
     gates, uppers = 0, 0
     if RANKS:
-        gates = columns_of(ups, at, width, ranks, column_step, rank_step, RANKS)
-        beyond = ups + width * column_step
-        uppers = columns_of(beyond, at, width, ranks, column_step, rank_step, RANKS)
+        gates, uppers = both_columns(ups, at, width, ranks, column_step, rank_step, RANKS)
     for step in range(STEPS):
         row = row_of(step, ROWS, STEPS)
         inside = (row < rows) & (at < width)
@@ -171,9 +172,7 @@ def swiglu_backward(
     at = (tl.program_id(1) * TILE + tl.arange(0, TILE))[None, :]
     gates, uppers = 0, 0
     if RANKS:
-        gates = columns_of(ups, at, width, ranks, column_step, rank_step, RANKS)
-        beyond = ups + width * column_step
-        uppers = columns_of(beyond, at, width, ranks, column_step, rank_step, RANKS)
+        gates, uppers = both_columns(ups, at, width, ranks, column_step, rank_step, RANKS)
     if RANKS_DOWN:
         steps = (ranks_down, column_step_down, rank_step_down)
         lowers = columns_of(downs, at, width, *steps, RANKS_DOWN)
@@ -210,6 +209,13 @@ def gate_and_up(both, low, gates, uppers, row, at, rows, width, ranks, RANKS: tl
         gate = rounded(gate + tl.dot(left, gates, input_precision="ieee"), both)
         up = rounded(up + tl.dot(left, uppers, input_precision="ieee"), both)
     return gate, up
+
+
+@triton.jit
+def both_columns(ups, at, width, ranks, column_step, rank_step, RANKS: tl.constexpr):
+    gates = columns_of(ups, at, width, ranks, column_step, rank_step, RANKS)
+    beyond = ups + width * column_step
+    return gates, columns_of(beyond, at, width, ranks, column_step, rank_step, RANKS)
 
 
 @triton.jit
