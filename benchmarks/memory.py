@@ -86,14 +86,8 @@ def work(told: dict[str, object]) -> None:
     from lorafit.data.collate import PadCollator
     from lorafit.model import adapters, base
 
-    if on_gpu:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        with torch.device("cuda"):
-            config_of = AutoConfig.from_pretrained(str(told["model"]))
-            bare = AutoModelForCausalLM.from_config(config_of, dtype=torch.bfloat16)
-    else:
-        bare = base.load_model(settings.model)
+    folder = Path(str(told["model"]))
+    bare = shapes.drawn(folder, device="cuda") if on_gpu else base.load_model(settings.model)
     model = adapters.attach(bare, settings.model)
     generator = torch.Generator().manual_seed(0)
     most = int(str(told["vocabulary"]))

@@ -6,6 +6,7 @@ starts near the logarithm of the vocabulary. Owns sizes and arithmetic; runs not
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RANK, ALPHA = 16, 32
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -122,3 +123,14 @@ def folder(shape: Shape, root: Path, *, dtype: str, weights: bool) -> Path:
     ).save_pretrained(made)
     (made / "complete").touch()
     return made
+
+
+def drawn(folder: Path, *, device: str) -> Any:
+    """The model of a folder's configuration, random bf16 weights drawn on `device` from seed 0."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -99,13 +99,10 @@ def main() -> None:
 
 def _trainer(shape: Any, data: Any, each: int, given: argparse.Namespace, clock: Clock) -> Trainer:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = shapes.folder(shape, environments.cache(), dtype="bf16", weights=False)
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        config = AutoConfig.from_pretrained(folder)
-        bare = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    bare = shapes.drawn(folder, device="cuda")
     lora = LoraConfig(
         r=shapes.RANK, lora_alpha=shapes.ALPHA, lora_dropout=given.dropout,
         target_modules="all-linear", task_type="CAUSAL_LM",
