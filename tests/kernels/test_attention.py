@@ -10,7 +10,7 @@ from torch import Tensor
 from lorafit.kernels import attention, native
 from lorafit.kernels.attention import Documents, Look, attend, reference
 
-H, G, E = 4, 2, 8
+H, G, E = 4, 2, 16
 LENGTHS = (5, 40, 1, 17, 33)
 
 
@@ -42,15 +42,21 @@ def errors(dtype: torch.dtype, look: Look, lengths: tuple[int, ...] = LENGTHS) -
     return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
 
-WAYS = ["native", "products", "flash"]
+WAYS = ["pairs", "native", "products", "flash"]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How softmax is computed: in one native pass, by torch, or within torch's flash kernel."""
-    if request.param == "native" and native.load() is None:
+    """All of it in pairs of bf16, or how softmax is computed: in one native pass, by torch, or
+    within torch's flash kernel."""
+    if request.param in ("native", "pairs") and native.load() is None:
         pytest.skip("no C++ compiler")
+    if request.param == "pairs":
+        if not attention._takes_pairs(tuple(x.detach() for x in heads(torch.bfloat16))):
+            pytest.skip("this CPU does not multiply pairs of bf16, or has matrix tiles")
+        return "pairs"
+    monkeypatch.setattr(attention, "_takes_pairs", lambda _: False)
     if request.param != "native":
         monkeypatch.setattr(native, "function", lambda *_: None)
     flash = request.param == "flash"
@@ -65,16 +71,50 @@ def test_it_is_the_reference(
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK", block)
     dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (way != "flash")
-    for dtype in dtypes:
+    for dtype in dtypes[1:2] if way == "pairs" else dtypes:
         found = errors(dtype, Look(E**-0.5, window))
         assert max(found) < TOLERANCE[dtype], (dtype, found)
+
+
+def test_pairs_err_less_than_products(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scores are not rounded to bf16."""
+    if way != "pairs":
+        pytest.skip("of pairs")
+    pairs = errors(torch.bfloat16, Look(E**-0.5), (200, 61))
+    monkeypatch.setattr(attention, "_takes_pairs", lambda _: False)
+    products = errors(torch.bfloat16, Look(E**-0.5), (200, 61))
+    assert all(ours < 0.8 * theirs for ours, theirs in zip(pairs, products, strict=True))
+
+
+def test_pairs_do_not_depend_on_who_computes_what(way: str) -> None:
+    """A document alone, beside others, by one thread or head by head on several: the same bits."""
+    if way != "pairs":
+        pytest.skip("of pairs")
+    q, k, v = (x.detach() for x in heads(torch.bfloat16, (33, 70, 5)))
+    dout, threads, found = torch.randn(q.shape).bfloat16(), torch.get_num_threads(), []
+    for lengths, count in (((33, 70, 5), 1), ((33, 70, 5), 8), ((70,), 1), ((70,), 8)):
+        torch.set_num_threads(count)
+        at = slice(0, None) if len(lengths) > 1 else slice(33, 103)
+        given = tuple(x[at].clone().requires_grad_() for x in (q, k, v))
+        out = attend(given, documents=Documents(lengths), look=Look(E**-0.5))
+        out.backward(dout[at])
+        mine = slice(33, 103) if len(lengths) > 1 else slice(0, None)
+        found.append([out.detach()[mine], *(x.grad[mine] for x in given)])
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def exact(way: str) -> torch.dtype:
+    """The widest numbers that every way of that name takes."""
+    return torch.bfloat16 if way == "pairs" else torch.float32
 
 
 def test_documents_do_not_see_each_other(way: str) -> None:
     """Whatever stands in one, the others' outputs keep their bits; a leak planted in the spans is
     seen at once."""
     look, documents = Look(E**-0.5), Documents(LENGTHS)
-    q, k, v = (x.detach() for x in heads(torch.float32))
+    q, k, v = (x.detach() for x in heads(exact(way)))
     before, _ = attention.forward((q, k, v), documents=documents, look=look)
     second = list(documents.spans())[1]
     for x in (q, k, v):
@@ -85,12 +125,12 @@ def test_documents_do_not_see_each_other(way: str) -> None:
     assert torch.equal(before[others], after[others])
     assert not torch.equal(before[second], after[second])
     leaking, _ = attention.forward((q, k, v), documents=Documents((45, 1, 17, 33)), look=look)
-    assert not torch.equal(leaking[others], after[others])
+    assert not torch.equal(leaking[second], after[second])
 
 
 def test_the_future_is_not_seen(way: str) -> None:
     look, documents = Look(E**-0.5), Documents((20,))
-    q, k, v = (x.detach() for x in heads(torch.float32, (20,)))
+    q, k, v = (x.detach() for x in heads(exact(way), (20,)))
     before, _ = attention.forward((q, k, v), documents=documents, look=look)
     k[10:], v[10:] = 3.0, 3.0
     after, _ = attention.forward((q, k, v), documents=documents, look=look)
@@ -105,7 +145,7 @@ def test_gradients_by_hand_are_those_of_differences() -> None:
 
 
 def test_large_scores_do_not_overflow(way: str) -> None:
-    q, k, v = (x.detach() * 100 for x in heads(torch.float32))
+    q, k, v = (x.detach() * 100 for x in heads(exact(way)))
     out, lse = attention.forward((q, k, v), documents=Documents(LENGTHS), look=Look(1.0))
     assert out.isfinite().all() and lse.isfinite().all()
 

@@ -2,10 +2,11 @@
 
 `forward` keeps the output and one number a query (the log of its sum of exponentials); `backward`
 computes the probabilities again from it (Dao et al. 2022, FlashAttention), so that nothing of size
-T x T is kept. The CPU takes document by document and block by block of queries in batched matrix
-products with one fused softmax pass between them, or torch's flash kernel where there is no
-compiler; CUDA takes all documents at once: short ones tile by tile (tiles.py), long ones in one
-call of torch's variable-length flash attention.
+T x T is kept. A CPU that multiplies pairs of bf16 does all of it in attention.cpp. Others take
+document by document and block by block of queries in batched matrix products with one fused softmax
+pass between them, or torch's flash kernel where there is no compiler. CUDA takes all documents at
+once: short ones tile by tile (tiles.py), long ones in one call of torch's variable-length flash
+attention.
 
 `attend` is the same as one autograd node, for models that run their own forward.
 Shapes: `T` tokens, `H` query heads, `G` key heads, `E` head width, `L` tokens of a document.
@@ -13,6 +14,8 @@ Shapes: `T` tokens, `H` query heads, `G` key heads, `E` head width, `L` tokens o
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -49,9 +52,14 @@ class Documents:
         """Documents of these lengths, for tensors on `device`."""
         if device.type != "cuda":
             return Documents(tuple(lengths))
-        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         table = tiles.table(lengths).to(device, non_blocking=True) if tiles.wins(lengths) else None
-        return Documents(tuple(lengths), ends.to(device, non_blocking=True), tiles=table)
+        begins = Documents(tuple(lengths)).begins.to(device, non_blocking=True)
+        return Documents(tuple(lengths), begins, tiles=table)
+
+    @cached_property
+    def begins(self) -> Tensor:
+        """Where each begins, and the end: int32 [documents + 1] on the CPU."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
 
     @property
     def longest(self) -> int:
@@ -103,6 +111,9 @@ def forward(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Te
         return _flash(qkv, documents=documents, look=look)
     out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
     lse = q_THE.new_empty(q_THE.shape[:2].numel(), dtype=accumulating(q_THE.dtype))
+    if _takes_pairs(qkv):
+        _forward_pairs(qkv, (out_THE, lse), documents=documents, look=look)
+        return out_THE, lse
     flash = _prefers_flash(q_THE, look)
     for span in documents.spans():
         part = _forward_flash if flash else _forward_document
@@ -137,12 +148,62 @@ def backward(
         for grad, computed in zip(grads, made, strict=True):
             grad.copy_(computed)
         return
+    if _takes_pairs((q_THE, k_TGE, v_TGE)):
+        _backward_pairs(dout_THE, kept, grads=grads, documents=documents, look=look)
+        return
     flash = _prefers_flash(q_THE, look)
     for span in documents.spans():
         part = _backward_flash if flash else _backward_document
         sums = lse[span.start * q_THE.shape[1] : span.stop * q_THE.shape[1]]
         given = (dout_THE[span], q_THE[span], k_TGE[span], v_TGE[span], out_THE[span], sums)
         part(given, tuple(grad[span] for grad in grads), look=look)
+
+
+# ---- the CPU, in pairs of bf16 -------------------------------------------------------------------
+
+
+def _takes_pairs(qkv: Heads) -> bool:
+    """Whether attention.cpp computes heads that lie so. A CPU with matrix tiles (AMX) is left to
+    products, which use them."""
+    q_THE = qkv[0]
+    width = q_THE.shape[2]
+    if q_THE.dtype != torch.bfloat16 or width % 16 or torch.cpu._is_amx_tile_supported():
+        return False
+    beside = all(x.stride()[1:] == (width, 1) for x in qkv)
+    return beside and native.function("attention", q_THE) is not None
+
+
+def _sizes(qkv: Heads, documents: Documents, look: Look) -> tuple[int | float, ...]:
+    _, heads, width = qkv[0].shape
+    return len(documents.lengths), heads, qkv[1].shape[1], width, look.window, look.scale
+
+
+def _forward_pairs(
+    qkv: Heads, into: tuple[Tensor, Tensor], *, documents: Documents, look: Look
+) -> None:
+    call = native.function("attention", qkv[0])
+    assert call
+    rows = [x.stride(0) for x in qkv]
+    at = [x.data_ptr() for x in qkv]  # the heads of a token lie end to end, tokens need not
+    call(*at, *into, documents.begins, *rows, *_sizes(qkv, documents, look))
+
+
+def _backward_pairs(
+    dout_THE: Tensor,
+    kept: tuple[Tensor, ...],
+    *,
+    grads: Heads,
+    documents: Documents,
+    look: Look,
+) -> None:
+    *qkv, _, lse = kept
+    heads = qkv[0], qkv[1], qkv[2]
+    call = native.function("attention_backward", qkv[0])
+    assert call
+    at, into = ([x.data_ptr() for x in part] for part in (heads, grads))
+    rows = [x.stride(0) for x in (*heads, *grads)]
+    sizes = _sizes(heads, documents, look)
+    call(dout_THE.contiguous(), *at, lse, *into, documents.begins, *rows, *sizes)
 
 
 # ---- the CPU, in batched products ----------------------------------------------------------------

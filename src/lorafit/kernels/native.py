@@ -1,4 +1,4 @@
-"""native.cpp, compiled once for this machine and called through ctypes.
+"""native.cpp and attention.cpp, compiled once for this machine and called through ctypes.
 
 Owns the compiler's command and where the library is kept; knows no mathematics. Where there is no
 C++ compiler, or `LORAFIT_NATIVE=0` asks for none, `function` finds nothing and torch does the work:
@@ -20,7 +20,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "attention.cpp"))
+HEADER = Path(__file__).with_name("native.h")
 # Sums may be reordered, as vector units need; NaN and infinity keep their meaning.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -36,13 +37,15 @@ SIGNATURES = MappingProxyType(
         "rotate": "pppiiiii",
         "swiglu": "ppii",
         "swiglu_backward": "pppii",
+        "attention": "ppppppiiiiiiiif",
+        "attention_backward": "pppppppppiiiiiiiiiiif",
         "softmax": "ppiiiiif",
         "softmax_backward": "pppiiiiif",
         "cross_entropy": "pppiiff",
         "dropout": "ppppiiuf",
     }
 )
-"""What each function takes: pointers, int64, uint32, float; native.cpp's own order."""
+"""What each function takes: pointers, int64, uint32, float; its own order."""
 
 Call = Callable[..., None]
 
@@ -130,7 +133,8 @@ def _key(compiler: str) -> str:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
     flags = [line for line in lines if line.startswith(("flags", "Feat"))]
-    parts = [SOURCE.read_text(), *FLAGS, said.stdout, torch.__version__, *flags[:1]]
+    sources = [path.read_text() for path in (HEADER, *SOURCES)]
+    parts = [*sources, *FLAGS, said.stdout, torch.__version__, *flags[:1]]
     return hashlib.sha256("\n".join([*parts, platform.machine()]).encode()).hexdigest()[:16]
 
 
@@ -139,7 +143,7 @@ def _compile(compiler: str, made: Path) -> Path:
     threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     handle, partial = tempfile.mkstemp(dir=made.parent)
     os.close(handle)
-    command = [compiler, *FLAGS, str(SOURCE), "-o", partial, *map(str, threads[:1])]
+    command = [compiler, *FLAGS, *map(str, SOURCES), "-o", partial, *map(str, threads[:1])]
     subprocess.run(command, capture_output=True, timeout=COMPILER_SECONDS, check=True)
     os.replace(partial, made)  # whole or not there, whoever else compiles at the same time
     return made

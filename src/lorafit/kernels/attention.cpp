@@ -1,0 +1,434 @@
+// Causal attention of documents in bf16, for processors that multiply pairs of bf16 (AVX512-BF16).
+// What attention.py does in batched products, with the scores of a few queries at a time: they stay
+// in float32 and in the cache, and those of keys that a query does not see are hardly made. Each
+// document is computed by itself, so that nothing depends on what lies beside it.
+//
+// A "pair" is two bf16 in 32 bits, which the processor multiplies and adds at once. Left operands
+// are read pair by pair, right ones as rows of pairs that lie side by side for 16 columns or more.
+// Compiled by native.py; without the instructions nothing is left of it.
+
+#include "native.h"
+
+#ifdef __AVX512BF16__
+
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <vector>
+
+using pair = uint32_t;
+
+static const i64 QUERIES = 32;  // of a block: even, as pairs run along queries too
+static const i64 LANES = 16, ROWS = 4;
+
+static inline i64 upto(i64 count, i64 step) { return (count + step - 1) / step * step; }
+
+// ---- products ------------------------------------------------------------------------------------
+
+// A left operand: the pair of row m at step k is at[m * row + k * step].
+struct Left {
+  const pair *at;
+  i64 row, step;
+};
+
+template <int N, bool ADDS>
+static inline void tile(Left a, const pair *b, i64 wide, float *c, i64 out, i64 pairs) {
+  __m512 sums[ROWS][N];
+#pragma GCC unroll 4
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+      sums[m][n] = ADDS ? _mm512_loadu_ps(c + m * out + n * LANES) : _mm512_setzero_ps();
+  for (i64 k = 0; k < pairs; k++) {
+    __m512i columns[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) columns[n] = _mm512_loadu_si512(b + k * wide + n * LANES);
+#pragma GCC unroll 4
+    for (int m = 0; m < ROWS; m++) {
+      __m512i one = _mm512_set1_epi32(int(a.at[m * a.row + k * a.step]));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++)
+        sums[m][n] = _mm512_dpbf16_ps(sums[m][n], (__m512bh)one, (__m512bh)columns[n]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < ROWS; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) _mm512_storeu_ps(c + m * out + n * LANES, sums[m][n]);
+}
+
+// C [rows, columns] = A B, or C += A B; rows a multiple of ROWS, columns of LANES.
+template <bool ADDS>
+static void product(Left a, const pair *b, i64 wide, float *c, i64 out, i64 rows, i64 columns,
+                    i64 pairs) {
+  for (i64 n = 0; n < columns; n += 4 * LANES)
+    for (i64 m = 0; m < rows; m += ROWS) {
+      Left from = {a.at + m * a.row, a.row, a.step};
+      float *into = c + m * out + n;
+      switch (std::min<i64>(4, (columns - n) / LANES)) {
+        case 1: tile<1, ADDS>(from, b + n, wide, into, out, pairs); break;
+        case 2: tile<2, ADDS>(from, b + n, wide, into, out, pairs); break;
+        case 3: tile<3, ADDS>(from, b + n, wide, into, out, pairs); break;
+        default: tile<4, ADDS>(from, b + n, wide, into, out, pairs);
+      }
+    }
+}
+
+// ---- how numbers lie -----------------------------------------------------------------------------
+
+// Rows of a tensor: `row` elements from one to the next.
+struct Matrix {
+  const bf16 *at;
+  i64 row;
+};
+
+// From row `first` on, the columns of a head.
+static inline Matrix part(Matrix x, i64 first, i64 head, i64 width) {
+  return {x.at + first * x.row + head * width, x.row};
+}
+
+static inline __m256i narrow(const float *x) {
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));
+}
+
+static inline void store16(bf16 *into, __m512 x) {
+  _mm256_storeu_si256((__m256i *)into, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+static inline __m512i side_by_side(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// [count, width] -> [width / 2, wide]: pairs along the width, rows side by side; 0 beyond `count`.
+static void turned(Matrix x, i64 count, i64 width, pair *into, i64 wide) {
+  for (i64 r = 0; r < count; r++) {
+    const bf16 *row = x.at + r * x.row;
+    for (i64 k = 0; k < width / 2; k++) memcpy(into + k * wide + r, row + 2 * k, sizeof(pair));
+  }
+  for (i64 k = 0; k < width / 2; k++) std::fill(into + k * wide + count, into + (k + 1) * wide, 0);
+}
+
+// [count, width] -> [padded / 2, width]: pairs of rows; 0 beyond `count`.
+static void interleaved(Matrix x, i64 count, i64 width, pair *into, i64 padded) {
+  for (i64 r = 0; r < padded; r += 2)
+    for (i64 e = 0; e < width; e += LANES) {
+      const bf16 *row = x.at + r * x.row + e;
+      __m256i none = _mm256_setzero_si256();
+      __m256i low = r < count ? _mm256_loadu_si256((const __m256i *)row) : none;
+      __m256i high = r + 1 < count ? _mm256_loadu_si256((const __m256i *)(row + x.row)) : none;
+      _mm512_storeu_si512(into + r / 2 * width + e, side_by_side(low, high));
+    }
+}
+
+// [count, width] -> the same, end to end; 0 beyond `count`.
+static void gathered(Matrix x, i64 count, i64 width, pair *into, i64 padded) {
+  for (i64 r = 0; r < count; r++) memcpy(into + r * width / 2, x.at + r * x.row, width * 2);
+  std::fill(into + count * width / 2, into + padded * width / 2, 0);
+}
+
+static void rounded_rows(const float *x, i64 wide, i64 rows, i64 width, bf16 *into, i64 row) {
+  for (i64 r = 0; r < rows; r++)
+    for (i64 e = 0; e < width; e += LANES)
+      _mm256_storeu_si256((__m256i *)(into + r * row + e), narrow(x + r * wide + e));
+}
+
+// ---- attention -----------------------------------------------------------------------------------
+
+struct Sizes {
+  i64 documents, heads, groups, width, window;
+  float scale;
+};
+
+// Heads of one document that share a key head: all of them, or each by itself where that would be
+// too few tasks for the threads. The sums are the same: each head's own, added in their order.
+struct Task {
+  i64 start, length, group, head, heads;
+
+  Task(i64 number, i64 parts, const int32_t *starts, Sizes how) {
+    i64 document = number / parts / how.groups, each = how.heads / how.groups;
+    start = starts[document];
+    length = starts[document + 1] - start;
+    group = number / parts % how.groups;
+    heads = each / parts;
+    head = group * each + number % parts * heads;
+  }
+};
+
+static i64 parts_of_a_group(Sizes how) {
+  bool few = how.documents * how.groups < 2 * omp_get_max_threads();
+  return few ? how.heads / how.groups : 1;
+}
+
+// A block of a document's queries.
+struct Block {
+  i64 first, queries, keys, from;  // keys that any query sees: [from, keys), padded to LANES
+
+  Block(i64 first, i64 length, i64 window)
+      : first(first),
+        queries(std::min(QUERIES, length - first)),
+        keys(upto(first + queries, LANES)),
+        from(window > 0 ? std::max<i64>(0, first + 1 - window) / LANES * LANES : 0) {}
+
+  i64 wide() const { return keys - from; }
+  i64 rows() const { return upto(queries, ROWS); }
+};
+
+// Room that a thread keeps: a few MB, and the next document takes as much.
+template <class X>
+static X *room(std::vector<X> &kept, i64 count) {
+  if (i64(kept.size()) < count + LANES) kept.resize(count + LANES);
+  return kept.data();
+}
+
+// The keys that a query sees, as columns of its block: [from, to).
+struct Seen {
+  i64 from, to;
+
+  Seen(Block b, i64 r, i64 window)
+      : from(window > 0 ? std::max<i64>(0, b.first + r + 1 - b.from - window) : 0),
+        to(b.first + r + 1 - b.from) {}
+
+  __mmask16 lanes(i64 j) const { return below(to - j) & ~below(from - j); }
+
+ private:
+  static __mmask16 below(i64 count) {
+    return count <= 0 ? 0 : count >= LANES ? 0xffff : __mmask16((1u << count) - 1);
+  }
+};
+
+// exp of 16 numbers to 2 ulp (Cephes' polynomial); 0 and infinity where they belong, NaN stays NaN.
+static inline __m512 exp16(__m512 x) {
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+// Scores of a row -> probabilities in bf16; returns the log of their sum of exponentials.
+static float softmax(float *row, Seen seen, i64 wide, float scale, bf16 *into) {
+  const float none = -std::numeric_limits<float>::infinity();
+  __m512 highest = _mm512_set1_ps(none), sums = _mm512_setzero_ps(), scales = _mm512_set1_ps(scale);
+  for (i64 j = 0; j < wide; j += LANES)
+    highest = _mm512_mask_max_ps(highest, seen.lanes(j), highest, _mm512_loadu_ps(row + j));
+  float top = _mm512_reduce_max_ps(highest) * scale;
+  for (i64 j = 0; j < wide; j += LANES) {
+    __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), scales, _mm512_set1_ps(top));
+    x = _mm512_maskz_mov_ps(seen.lanes(j), exp16(x));
+    sums = _mm512_add_ps(sums, x);
+    _mm512_storeu_ps(row + j, x);
+  }
+  float sum = _mm512_reduce_add_ps(sums);
+  for (i64 j = 0; j < wide; j += LANES)
+    store16(into + j, _mm512_mul_ps(_mm512_loadu_ps(row + j), _mm512_set1_ps(1 / sum)));
+  return top + std::log(sum);
+}
+
+// Scores of a row -> probabilities again, and their gradients -> the scores'.
+static void softmax_backward(float *row, float *grad, Seen seen, i64 wide, float scale,
+                             float log_sum) {
+  __m512 along = _mm512_setzero_ps(), scales = _mm512_set1_ps(scale);
+  for (i64 j = 0; j < wide; j += LANES) {
+    __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(row + j), scales, _mm512_set1_ps(log_sum));
+    x = _mm512_maskz_mov_ps(seen.lanes(j), exp16(x));
+    along = _mm512_mask3_fmadd_ps(x, _mm512_loadu_ps(grad + j), along, seen.lanes(j));
+    _mm512_storeu_ps(row + j, x);
+  }
+  __m512 dot = _mm512_set1_ps(_mm512_reduce_add_ps(along));
+  for (i64 j = 0; j < wide; j += LANES) {
+    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + j), scales);
+    x = _mm512_maskz_mul_ps(seen.lanes(j), x, _mm512_sub_ps(_mm512_loadu_ps(grad + j), dot));
+    _mm512_storeu_ps(grad + j, x);
+  }
+}
+
+static void forward_heads(Task task, Matrix q, Matrix k, Matrix v, bf16 *out, float *lse,
+                          Sizes how) {
+  static thread_local std::vector<pair> kept_k, kept_v, kept_q, kept_p;
+  static thread_local std::vector<float> kept_s, kept_o;
+  i64 length = task.length, width = how.width, padded = upto(length, LANES);
+  pair *keys = room(kept_k, width / 2 * padded), *values = room(kept_v, padded / 2 * width);
+  pair *queries = room(kept_q, QUERIES * width / 2), *p = room(kept_p, QUERIES * padded / 2);
+  float *scores = room(kept_s, QUERIES * padded), *sums = room(kept_o, QUERIES * width);
+  turned(part(k, task.start, task.group, width), length, width, keys, padded);
+  interleaved(part(v, task.start, task.group, width), length, width, values, padded);
+  for (i64 h = task.head; h < task.head + task.heads; h++)
+    for (i64 first = 0; first < length; first += QUERIES) {
+      Block b(first, length, how.window);
+      i64 wide = b.wide(), row_out = how.heads * width;
+      gathered(part(q, task.start + first, h, width), b.queries, width, queries, b.rows());
+      product<false>({queries, width / 2, 1}, keys + b.from, padded, scores, wide, b.rows(), wide,
+                     width / 2);
+      float *logs = lse + task.start * how.heads + h * length + first;
+      for (i64 r = 0; r < b.queries; r++) {
+        Seen seen(b, r, how.window);
+        logs[r] = softmax(scores + r * wide, seen, wide, how.scale, (bf16 *)p + r * wide);
+      }
+      std::fill(p + b.queries * wide / 2, p + b.rows() * wide / 2, 0);
+      product<false>({p, wide / 2, 1}, values + b.from / 2 * width, width, sums, width, b.rows(),
+                     width, wide / 2);
+      bf16 *into = out + (task.start + first) * row_out + h * width;
+      rounded_rows(sums, width, b.queries, width, into, row_out);
+    }
+}
+
+// Where gradients go.
+struct Grad {
+  bf16 *at;
+  i64 row;
+};
+
+struct Sums {
+  float *keys, *values;  // [L, width], rows up to the next multiple of LANES
+};
+
+// Keys and values of a document as the products of a head read them.
+struct Packed {
+  const pair *keys, *values, *rows;
+};
+
+// One head's gradients: of q, and of the keys and values as sums.
+static void backward_head(Task task, i64 h, Matrix all_q, Matrix all_dout, const float *lse,
+                          Packed kv, Grad grad_q, Sums into, Sizes how) {
+  static thread_local std::vector<pair> kept_q, kept_do, kept_q2, kept_do2;
+  static thread_local std::vector<pair> kept_p, kept_ds, kept_row;
+  static thread_local std::vector<float> kept_s, kept_g, kept_dq;
+  i64 length = task.length, width = how.width, padded = upto(length, LANES);
+  pair *q = room(kept_q, QUERIES * width / 2), *dout = room(kept_do, QUERIES * width / 2);
+  pair *q_pairs = room(kept_q2, QUERIES * width / 2);
+  pair *do_pairs = room(kept_do2, QUERIES * width / 2);
+  pair *p = room(kept_p, QUERIES * padded / 2), *ds = room(kept_ds, QUERIES * padded / 2);
+  pair *ds_rows = room(kept_row, QUERIES * padded / 2);
+  float *scores = room(kept_s, QUERIES * padded), *grads = room(kept_g, QUERIES * padded);
+  float *dq = room(kept_dq, QUERIES * width);
+  std::fill(into.keys, into.keys + padded * width, 0.0f);
+  std::fill(into.values, into.values + padded * width, 0.0f);
+  for (i64 first = 0; first < length; first += QUERIES) {
+    Block b(first, length, how.window);
+    i64 wide = b.wide();
+    Matrix q_rows = part(all_q, task.start + first, h, width);
+    Matrix do_rows = part(all_dout, task.start + first, h, width);
+    gathered(q_rows, b.queries, width, q, b.rows());
+    gathered(do_rows, b.queries, width, dout, b.rows());
+    interleaved(q_rows, b.queries, width, q_pairs, b.rows());
+    interleaved(do_rows, b.queries, width, do_pairs, b.rows());
+    product<false>({q, width / 2, 1}, kv.keys + b.from, padded, scores, wide, b.rows(), wide,
+                   width / 2);
+    product<false>({dout, width / 2, 1}, kv.values + b.from, padded, grads, wide, b.rows(), wide,
+                   width / 2);
+    const float *logs = lse + task.start * how.heads + h * length + first;
+    for (i64 r = 0; r < b.queries; r++) {
+      Seen seen(b, r, how.window);
+      softmax_backward(scores + r * wide, grads + r * wide, seen, wide, how.scale, logs[r]);
+    }
+    std::fill(scores + b.queries * wide, scores + b.rows() * wide, 0.0f);
+    std::fill(grads + b.queries * wide, grads + b.rows() * wide, 0.0f);
+    rounded_rows(grads, wide, b.rows(), wide, (bf16 *)ds_rows, wide);
+    for (i64 r = 0; r < b.rows(); r += 2)
+      for (i64 j = 0; j < wide; j += LANES) {
+        const float *row = scores + r * wide + j, *grad = grads + r * wide + j;
+        _mm512_storeu_si512(p + r / 2 * wide + j, side_by_side(narrow(row), narrow(row + wide)));
+        _mm512_storeu_si512(ds + r / 2 * wide + j, side_by_side(narrow(grad), narrow(grad + wide)));
+      }
+    i64 skipped = b.from * width, half = b.rows() / 2;
+    product<true>({p, 1, wide}, do_pairs, width, into.values + skipped, width, wide, width, half);
+    product<true>({ds, 1, wide}, q_pairs, width, into.keys + skipped, width, wide, width, half);
+    product<false>({ds_rows, wide / 2, 1}, kv.rows + skipped / 2, width, dq, width, b.rows(), width,
+                   wide / 2);
+    bf16 *to = grad_q.at + (task.start + first) * grad_q.row + h * width;
+    rounded_rows(dq, width, b.queries, width, to, grad_q.row);
+  }
+}
+
+static void add(Sums all, Sums one, i64 count) {
+#pragma omp simd
+  for (i64 i = 0; i < count; i++) all.keys[i] += one.keys[i], all.values[i] += one.values[i];
+}
+
+// The sums of a task's heads, in room that is the thread's.
+static Sums backward_heads(Task task, Matrix q, Matrix k, Matrix v, Matrix dout, const float *lse,
+                           Grad dq, Sizes how) {
+  static thread_local std::vector<pair> kept_k, kept_v, kept_rows;
+  static thread_local std::vector<float> kept_dk, kept_dv, kept_dk1, kept_dv1;
+  i64 length = task.length, width = how.width, padded = upto(length, LANES);
+  pair *keys = room(kept_k, width / 2 * padded), *values = room(kept_v, width / 2 * padded);
+  pair *rows = room(kept_rows, padded / 2 * width);
+  turned(part(k, task.start, task.group, width), length, width, keys, padded);
+  turned(part(v, task.start, task.group, width), length, width, values, padded);
+  interleaved(part(k, task.start, task.group, width), length, width, rows, padded);
+  Sums all = {room(kept_dk, padded * width), room(kept_dv, padded * width)};
+  Sums one = {room(kept_dk1, padded * width), room(kept_dv1, padded * width)};
+  for (i64 h = task.head; h < task.head + task.heads; h++) {
+    Sums into = h == task.head ? all : one;
+    backward_head(task, h, q, dout, lse, {keys, values, rows}, dq, into, how);
+    if (h > task.head) add(all, one, length * width);
+  }
+  return all;
+}
+
+static void write(Sums sums, Task task, Grad dk, Grad dv, i64 width) {
+  i64 column = task.group * width;
+  rounded_rows(sums.keys, width, task.length, width, dk.at + task.start * dk.row + column, dk.row);
+  rounded_rows(sums.values, width, task.length, width, dv.at + task.start * dv.row + column,
+               dv.row);
+}
+
+extern "C" {
+
+// q, k, v: rows of `row_*` elements whose heads lie side by side; out [T, H, E]; lse: for each
+// document in turn [H, L]. starts: int32 [documents + 1].
+void attention_bf16(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *lse,
+                    const int32_t *starts, i64 row_q, i64 row_k, i64 row_v, i64 documents,
+                    i64 heads, i64 groups, i64 width, i64 window, float scale) {
+  Sizes how = {documents, heads, groups, width, window, scale};
+  i64 parts = parts_of_a_group(how);
+#pragma omp parallel for schedule(dynamic, 1)
+  for (i64 number = 0; number < documents * groups * parts; number++)
+    forward_heads(Task(number, parts, starts, how), {q, row_q}, {k, row_k}, {v, row_v}, out, lse,
+                  how);
+}
+
+// The gradients of q, k and v, rows of `row_dq`, `row_dk` and `row_dv` elements.
+void attention_backward_bf16(const bf16 *dout, const bf16 *q, const bf16 *k, const bf16 *v,
+                             const float *lse, bf16 *dq, bf16 *dk, bf16 *dv, const int32_t *starts,
+                             i64 row_q, i64 row_k, i64 row_v, i64 row_dq, i64 row_dk, i64 row_dv,
+                             i64 documents, i64 heads, i64 groups, i64 width, i64 window,
+                             float scale) {
+  Sizes how = {documents, heads, groups, width, window, scale};
+  i64 parts = parts_of_a_group(how), half = starts[documents] * heads * width;
+  std::vector<float> apart(parts > 1 ? 2 * half : 0);
+  auto place = [&](Task task, i64 head) -> Sums {
+    float *keys = apart.data() + (task.start * heads + head * task.length) * width;
+    return {keys, keys + half};
+  };
+#pragma omp parallel for schedule(dynamic, 1)
+  for (i64 number = 0; number < documents * groups * parts; number++) {
+    Task task(number, parts, starts, how);
+    Sums sums = backward_heads(task, {q, row_q}, {k, row_k}, {v, row_v}, {dout, heads * width}, lse,
+                               {dq, row_dq}, how);
+    if (parts == 1) {
+      write(sums, task, {dk, row_dk}, {dv, row_dv}, width);
+    } else {
+      Sums kept = place(task, task.head);
+      std::copy_n(sums.keys, task.length * width, kept.keys);
+      std::copy_n(sums.values, task.length * width, kept.values);
+    }
+  }
+  if (parts == 1) return;
+#pragma omp parallel for schedule(dynamic, 1)
+  for (i64 number = 0; number < documents * groups; number++) {
+    Task task(number, 1, starts, how);
+    Sums all = place(task, task.head);
+    for (i64 h = task.head + 1; h < task.head + task.heads; h++)
+      add(all, place(task, h), task.length * width);
+    write(all, task, {dk, row_dk}, {dv, row_dv}, width);
+  }
+}
+}
+
+#endif
