@@ -34,7 +34,7 @@ TOKENS: Final = MappingProxyType({"cpu": 1024, "cuda": 16384})
 """Tokens of a micro-batch where memory is ample: a layer's rows lie within a CPU's last cache."""
 LEAST: Final = MappingProxyType({"cpu": 128, "cuda": 256})
 
-CHUNK: Final = MappingProxyType({"cpu": 32 << 20, "cuda": 256 << 20})
+CHUNK: Final = MappingProxyType({"cpu": 24 << 20, "cuda": 256 << 20})
 """cross_entropy.CHUNK."""
 BLOCK = 256
 """attention.BLOCK."""

@@ -28,6 +28,7 @@ RECOMPUTE = ("none", "mlp", "half", "layer")
 """What backward makes again: nothing but norms and products of elements; gate and up; q, k and v
 besides; the whole layer but its input."""
 
+FILL = 8
 _KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Read line by line. Others of the same structure are proven in float32, where nothing hides."""
 
@@ -112,6 +113,10 @@ class Decoder:
     ) -> Tensor:
         """What the layers make of the tokens, [T, D]."""
         self.refresh()
+        fill = -len(ids_T) % FILL
+        if fill:
+            ids_T, positions_T = (torch.nn.functional.pad(x, (0, fill)) for x in (ids_T, positions_T))
+            documents = Documents((*documents.lengths, fill))
         x_TD = self.decoder.embed_tokens(ids_T[None])[0]
         # asked for float32, as the angles of a bfloat16 model are rounded nowhere else
         exact = x_TD.new_empty(0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
