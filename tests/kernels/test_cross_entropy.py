@@ -148,6 +148,28 @@ def test_a_few_rows_at_a_time_are_all_rows(way: str, monkeypatch: pytest.MonkeyP
     assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
 
 
+def test_rows_that_fill_up_change_nothing(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = torch.randn(150, 8, requires_grad=True)
+    weight, targets = torch.randn(11, 8), torch.randint(11, (150,))
+    exactly = linear_nats(hidden, targets, head=Head(weight))
+    monkeypatch.setattr(cross_entropy, "CHUNK", {"cpu": 1})
+    monkeypatch.setattr(cross_entropy, "spare", lambda x, _: -len(x) % cross_entropy.ROWS)
+    filled = linear_nats(hidden, targets, head=Head(weight))
+    grads = [torch.autograd.grad(nats, hidden)[0] for nats in (exactly, filled)]
+    assert float(filled) == pytest.approx(float(exactly), rel=1e-6)
+    assert torch.allclose(*grads, rtol=1e-5, atol=1e-6)
+    assert len(linear_nats_each(hidden.detach(), targets, head=Head(weight))) == 150
+
+
+def test_16_bits_on_a_cpu_are_filled_up() -> None:
+    for rows, dtype, missing in (
+        (64, torch.bfloat16, 0),
+        (65, torch.float16, 31),
+        (65, torch.float32, 0),
+    ):
+        assert cross_entropy.spare(torch.empty(rows, 2), dtype) == missing
+
+
 def test_small_probabilities_survive_float16() -> None:
     """Of 100,000 even ones each is 1e-5, below float16's normal numbers."""
     weight = torch.randn(100_000, 4).half() * 1e-3

@@ -183,21 +183,3 @@ def test_masks_drop_their_share_and_do_not_resemble_each_other() -> None:
 def test_what_is_kept_is_scaled() -> None:
     made = elementwise.dropped(torch.ones(T, D), counters(), share=0.25)
     assert made.unique().tolist() == pytest.approx([0.0, 4 / 3])
-
-
-def test_what_is_not_kept_is_written_to_the_same_room() -> None:
-    x, weight, both = torch.randn(5, 8), torch.randn(8), torch.randn(5, 12)
-    scratch = elementwise.Scratch()
-    alone = elementwise.rms_norm(x, weight, eps=1e-5, dtype=x.dtype), elementwise.swiglu(both)
-    rooms = set[int]()
-    for _ in range(3):
-        normed = elementwise.rms_norm(x, weight, eps=1e-5, dtype=x.dtype, scratch=scratch)
-        mixed = elementwise.swiglu(both, scratch)
-        assert torch.equal(normed[0], alone[0][0]) and torch.equal(mixed, alone[1])
-        rooms |= {normed[0].data_ptr()}
-    if native.function("rms_norm", x, x):
-        assert len(rooms) == 1
-    other = scratch.take("norm", (4, 8), dtype=x.dtype)
-    assert other.shape == (4, 8) and scratch.take("norm", (4, 8), dtype=x.dtype) is other
-    scratch.clear()
-    assert scratch.take("norm", (4, 8), dtype=x.dtype) is not other

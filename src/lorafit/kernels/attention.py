@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import native, tiles
 from lorafit.kernels.elementwise import accumulating
+from lorafit.kernels.rooms import Room
 
 BLOCK = 256
 """Queries of one block: of a long document's scores little more than the half that counts is made,
@@ -100,17 +101,27 @@ def reference(qkv: Heads, *, documents: Documents, look: Look) -> Tensor:
     return torch.cat(outputs)
 
 
-def forward(qkv: Heads, *, documents: Documents, look: Look) -> tuple[Tensor, Tensor]:
+def forward(
+    qkv: Heads, *, documents: Documents, look: Look, room: Room | None = None
+) -> tuple[Tensor, Tensor]:
     """Attention's output [T, H, E], contiguous, and what `backward` needs of it besides: the log
-    sums, H floats a token (float32; float64 for float64)."""
+    sums, H floats a token (float32; float64 for float64).
+
+    Args:
+        room: Where both are kept, on a CPU.
+    """
     q_THE, k_TGE, v_TGE = qkv
     if _runs_on_cudas_kernel(q_THE):
         table = _table(q_THE, documents)
         if table is not None:
             return tiles.forward(qkv, table, scale=look.scale, window=look.window)
         return _flash(qkv, documents=documents, look=look)
-    out_THE = torch.empty(q_THE.shape, dtype=q_THE.dtype, device=q_THE.device)
-    lse = q_THE.new_empty(q_THE.shape[:2].numel(), dtype=accumulating(q_THE.dtype))
+    size, sums = q_THE.shape, accumulating(q_THE.dtype)
+    if room:
+        out_THE = room.kept("attended", size, dtype=q_THE.dtype)
+        lse = room.kept("lse", size[:2], dtype=sums).flatten()
+    else:
+        out_THE, lse = q_THE.new_empty(size), q_THE.new_empty(size[:2].numel(), dtype=sums)
     if _takes_pairs(qkv):
         _forward_pairs(qkv, (out_THE, lse), documents=documents, look=look)
         return out_THE, lse
@@ -167,13 +178,14 @@ def _takes_pairs(qkv: Heads) -> bool:
     products, which use them."""
     q_THE = qkv[0]
     width = q_THE.shape[2]
-    if q_THE.dtype != torch.bfloat16 or width % 16 or torch.cpu._is_amx_tile_supported():
+    has_tiles = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
+    if q_THE.dtype != torch.bfloat16 or width % 16 or has_tiles:
         return False
     beside = all(x.stride()[1:] == (width, 1) for x in qkv)
     return beside and native.function("attention", q_THE) is not None
 
 
-def _sizes(qkv: Heads, documents: Documents, look: Look) -> tuple[int | float, ...]:
+def _sizes(qkv: Heads, *, documents: Documents, look: Look) -> tuple[int | float, ...]:
     _, heads, width = qkv[0].shape
     return len(documents.lengths), heads, qkv[1].shape[1], width, look.window, look.scale
 
@@ -185,7 +197,8 @@ def _forward_pairs(
     assert call
     rows = [x.stride(0) for x in qkv]
     at = [x.data_ptr() for x in qkv]  # the heads of a token lie end to end, tokens need not
-    call(*at, *into, documents.begins, *rows, *_sizes(qkv, documents, look))
+    sizes = _sizes(qkv, documents=documents, look=look)
+    call(*at, *into, documents.begins, *rows, *sizes)
 
 
 def _backward_pairs(
@@ -202,7 +215,7 @@ def _backward_pairs(
     assert call
     at, into = ([x.data_ptr() for x in part] for part in (heads, grads))
     rows = [x.stride(0) for x in (*heads, *grads)]
-    sizes = _sizes(heads, documents, look)
+    sizes = _sizes(heads, documents=documents, look=look)
     call(dout_THE.contiguous(), *at, lse, *into, documents.begins, *rows, *sizes)
 
 

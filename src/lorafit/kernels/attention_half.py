@@ -19,27 +19,28 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import attention, elementwise, lora
 from lorafit.kernels.attention import Documents, Look
-from lorafit.kernels.elementwise import HeadNorms, Scratch
+from lorafit.kernels.elementwise import HeadNorms
 from lorafit.kernels.lora import Below, Counters, Joined, Layers
+from lorafit.kernels.rooms import Room
 
 
 @dataclass(frozen=True)
 class Around:
-    """What all layers of a micro-batch share.
+    """What a layer finds in a micro-batch; but for `room` all layers find the same.
 
     Attributes:
         documents: Where documents lie.
         rotary: Cosines and sines, [T, E] each, float32 (float64 for gradcheck).
         counters: Of LoRA's dropout; None where nothing is dropped.
         dtype: Of the matrix products.
-        scratch: Room for what forward does not keep, where there is some.
+        room: Where forward writes, on a CPU.
     """
 
     documents: Documents
     rotary: tuple[Tensor, Tensor]
     counters: Counters | None
     dtype: torch.dtype
-    scratch: Scratch | None = None
+    room: Room | None = None
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,24 @@ class _Node(torch.autograd.Function):
         *factors: Tensor | None,
     ) -> Tensor:
         joined = lora.join(half.qkv, factors[:6]), lora.join(half.out, factors[6:])
+        room = around.room
         n_TD, _ = elementwise.rms_norm(
-            x_TD, half.norm_D, eps=half.eps, dtype=around.dtype, scratch=around.scratch
+            x_TD, half.norm_D, eps=half.eps, dtype=around.dtype, room=room
         )
-        made = _project(n_TD, half, around=around, joined=joined[0])
+        size = len(x_TD), sum(half.qkv.widths)
+        qkv_TO = room and room.kept("qkv", size, dtype=around.dtype, until_backward=keeps)
+        made = _project(n_TD, half, around=around, joined=joined[0], into_TO=qkv_TO)
         heads = _heads(made.qkv_TO, half, around=around)
-        out_THE, lse = attention.forward(heads, documents=around.documents, look=half.look)
-        o_TD, xa_TR = lora.forward(
-            out_THE.flatten(1), half.out, joined=joined[1], counters=around.counters
+        out_THE, lse = attention.forward(
+            heads, documents=around.documents, look=half.look, room=room
         )
+        y_TD, xa_TR = lora.onto(
+            x_TD, out_THE.flatten(1), layers=half.out, joined=joined[1], counters=around.counters,
+            into_TD=room and room.kept("middle", x_TD.shape, dtype=x_TD.dtype),
+        )  # fmt: skip
         ctx.how = half, around, joined
         ctx.save_for_backward(x_TD, out_THE, lse, xa_TR, *(made if keeps else (None, None)))
-        return o_TD.add_(x_TD) if o_TD.dtype == x_TD.dtype else (x_TD + o_TD).to(x_TD.dtype)
+        return y_TD
 
     @staticmethod
     @once_differentiable
@@ -112,6 +119,8 @@ class _Node(torch.autograd.Function):
         half, around, (joined, joined_out) = ctx.how
         x_TD, out_THE, lse, xa_out_TR, qkv_TO, xa_TR = ctx.saved_tensors
         counters = around.counters
+        if around.room:
+            around.room.check()
         (residual_TD,) = dys
         dy_TD = residual_TD.to(around.dtype)
         dout_TO, dxa_TR = lora.backward_rows(dy_TD, half.out, joined=joined_out, counters=counters)
@@ -135,9 +144,18 @@ class _Node(torch.autograd.Function):
         return (dx_TD, None, None, None, *grads, *grads_out)
 
 
-def _project(n_TD: Tensor, half: AttentionHalf, *, around: Around, joined: Joined | None) -> _Made:
+def _project(
+    n_TD: Tensor,
+    half: AttentionHalf,
+    *,
+    around: Around,
+    joined: Joined | None,
+    into_TO: Tensor | None = None,
+) -> _Made:
     """q, k, v side by side; rotated already where heads have no norms, as nothing else is kept."""
-    qkv_TO, xa_TR = lora.forward(n_TD, half.qkv, joined=joined, counters=around.counters)
+    qkv_TO, xa_TR = lora.forward(
+        n_TD, half.qkv, joined=joined, counters=around.counters, out_TO=into_TO
+    )
     if half.head_norms is None:
         elementwise.rotate_(_rotated_part(qkv_TO, half), around.rotary)
     return _Made(qkv_TO, xa_TR)

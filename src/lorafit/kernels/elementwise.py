@@ -15,26 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorafit.kernels import cuda, native
-
-
-class Scratch:
-    """Room that the layers of a micro-batch write to one after the other, on a CPU. What a layer
-    frees between two tensors that stay is taken by smaller ones and lost to the C library's heap:
-    up to a sixth of the peak (docs/memory.md)."""
-
-    def __init__(self) -> None:
-        self._rooms: dict[str, Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], *, dtype: torch.dtype) -> Tensor:
-        """The room of that name, whatever it holds."""
-        found = self._rooms.get(name)
-        if found is None or (found.shape, found.dtype) != (shape, dtype):
-            found = self._rooms[name] = torch.empty(shape, dtype=dtype)
-        return found
-
-    def clear(self) -> None:
-        """Give it back."""
-        self._rooms.clear()
+from lorafit.kernels.rooms import Room
 
 
 def rms_norm(
@@ -43,19 +24,19 @@ def rms_norm(
     *,
     eps: float,
     dtype: torch.dtype,
-    scratch: Scratch | None = None,
+    room: Room | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RMSNorm (Zhang & Sennrich 2019) in the rounding order of transformers' Llama.
 
     Args:
-        scratch: Where the rows may be written, if nobody keeps them.
+        room: Where the rows are lent a place, if nobody keeps them.
 
     Returns:
         The normed rows in `dtype`, and 1 / rms of each row (float32, float64 for float64 rows).
     """
     y_TD = (
-        scratch.take("norm", tuple(x_TD.shape), dtype=dtype)
-        if scratch
+        room.lent("norm", x_TD.shape, dtype=dtype)
+        if room
         else torch.empty(x_TD.shape, dtype=dtype, device=x_TD.device)
     )
     call = native.function("rms_norm", x_TD, y_TD) if weight_D.dtype == x_TD.dtype else None
@@ -190,19 +171,18 @@ def adds_low(x_TD: Tensor) -> bool:
     return cuda.runs(x_TD) and x_TD.dtype != torch.float32
 
 
-def swiglu(both_T2F: Tensor, scratch: Scratch | None = None, *, low: Low | None = None) -> Tensor:
+def swiglu(both_T2F: Tensor, room: Room | None = None, *, low: Low | None = None) -> Tensor:
     """silu(gate) * up (Shazeer 2020) of gate and up lying side by side: [T, F].
 
     Args:
+        room: As for `rms_norm`.
         low: Still to be added to gate and up.
     """
     call = native.function("swiglu", both_T2F) if low is None else None
     if call:
         sizes = len(both_T2F), both_T2F.shape[1] // 2
         h_TF = (
-            scratch.take("swiglu", sizes, dtype=both_T2F.dtype)
-            if scratch
-            else both_T2F.new_empty(sizes)
+            room.lent("swiglu", sizes, dtype=both_T2F.dtype) if room else both_T2F.new_empty(sizes)
         )
         call(both_T2F, h_TF, *h_TF.shape)
         return h_TF

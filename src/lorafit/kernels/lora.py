@@ -85,6 +85,11 @@ class Counters:
     keys_T: Tensor
     places_T: Tensor
 
+    def filled(self, rows: int) -> "Counters":
+        """The same with so many more tokens of nobody's."""
+        keys_T, places_T = (functional.pad(x, (0, rows)) for x in (self.keys_T, self.places_T))
+        return Counters(keys_T, places_T)
+
     def of(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         """For one adapter's `dropped`."""
         return self.keys_T * 0x9E3779B1 + adapter.salt * 0x85EBCA77, self.places_T
@@ -139,10 +144,20 @@ def forward(
     joined: Joined | None,
     counters: Counters | None,
     adds: bool = True,
+    out_TO: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y [T, O], and x·A [T, R], which backward needs and which is small. Without `adds` x·A·B is
-    still to be added to y."""
-    y_TO = functional.linear(x_TD, layers.weight_OD, layers.bias_O)
+    """y [T, O], and x·A [T, R], which backward needs and which is small.
+
+    Args:
+        adds: Without it x·A·B is still to be added to y.
+        out_TO: Where y is written, if anywhere.
+    """
+    if out_TO is None:
+        y_TO = functional.linear(x_TD, layers.weight_OD, layers.bias_O)
+    elif layers.bias_O is None:
+        y_TO = torch.mm(x_TD, layers.weight_OD.T, out=out_TO)
+    else:
+        y_TO = torch.addmm(layers.bias_O, x_TD, layers.weight_OD.T, out=out_TO)
     if joined is None:
         return y_TO, None
     if counters is None or not layers.drops:
@@ -153,6 +168,26 @@ def forward(
             [_drop(x_TD, adapter, counters=counters) @ a.T for a, adapter in parts], dim=1
         )
     return y_TO.addmm_(xa_TR, joined.b_OR.T) if adds else y_TO, xa_TR
+
+
+def onto(
+    x_TD: Tensor,
+    h_TO: Tensor,
+    *,
+    layers: Layers,
+    joined: Joined | None,
+    counters: Counters | None,
+    into_TD: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A half block's result, the residual rows x plus what `layers` make of h, in x's dtype and
+    written to `into_TD` if that is given; and x·A."""
+    alike = x_TD.dtype == layers.stored_OD.dtype
+    y_TD, xa_TR = forward(
+        h_TO, layers, joined=joined, counters=counters, out_TO=into_TD if alike else None
+    )
+    if alike:
+        return y_TD.add_(x_TD), xa_TR
+    return torch.add(x_TD, y_TD, out=into_TD).to(x_TD.dtype), xa_TR
 
 
 def backward_rows(

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import elementwise, lora
-from lorafit.kernels.elementwise import Low, Scratch
+from lorafit.kernels.elementwise import Low
 from lorafit.kernels.lora import Below, Counters, Joined, Layers
+from lorafit.kernels.rooms import Room
 
 MOST_RANKS = 128
 """Numbers of x·A up to which a pass over elements adds x·A·B: it reads B anew for each block."""
@@ -43,7 +44,7 @@ def mlp_half(
     dtype: torch.dtype,
     factors: tuple[Tensor | None, ...],
     keeps: bool = True,
-    scratch: Scratch | None = None,
+    room: Room | None = None,
 ) -> Tensor:
     """[T, D] in x's dtype.
 
@@ -52,9 +53,9 @@ def mlp_half(
         dtype: Of the matrix products.
         factors: A and B of gate, up and down in turn; None where there is no adapter.
         keeps: Whether gate and up are kept for backward.
-        scratch: Room for what forward does not keep, where there is some.
+        room: Where forward writes, on a CPU.
     """
-    made = _Node.apply(x_TD, half, counters, dtype, keeps, scratch, *factors)
+    made = _Node.apply(x_TD, half, counters, dtype, keeps, room, *factors)
     assert isinstance(made, Tensor)
     return made
 
@@ -68,24 +69,31 @@ class _Node(torch.autograd.Function):
         counters: Counters | None,
         dtype: torch.dtype,
         keeps: bool,
-        scratch: Scratch | None,
+        room: Room | None,
         *factors: Tensor | None,
     ) -> Tensor:
         joined = lora.join(half.gate_up, factors[:4]), lora.join(half.down, factors[4:])
-        n_TD, _ = elementwise.rms_norm(
-            x_TD, half.norm_D, eps=half.eps, dtype=dtype, scratch=scratch
+        n_TD, _ = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype, room=room)
+        size = len(x_TD), sum(half.gate_up.widths)
+        both_T2F = room and room.kept("both", size, dtype=dtype, until_backward=keeps)
+        both_T2F, xa_TR = _gate_and_up(
+            n_TD, half, joined=joined[0], counters=counters, into_T2F=both_T2F
         )
-        both_T2F, xa_TR = _gate_and_up(n_TD, half, joined=joined[0], counters=counters)
-        h_TF = elementwise.swiglu(both_T2F, scratch, low=_low(xa_TR, joined[0]))
-        y_TD, xa_down_TR = lora.forward(h_TF, half.down, joined=joined[1], counters=counters)
-        ctx.how = half, counters, dtype, joined
+        h_TF = elementwise.swiglu(both_T2F, room, low=_low(xa_TR, joined[0]))
+        y_TD, xa_down_TR = lora.onto(
+            x_TD, h_TF, layers=half.down, joined=joined[1], counters=counters,
+            into_TD=room and room.given(x_TD.shape, dtype=x_TD.dtype),
+        )  # fmt: skip
+        ctx.how = half, counters, dtype, joined, room
         ctx.save_for_backward(x_TD, xa_down_TR, *((both_T2F, xa_TR) if keeps else (None, None)))
-        return y_TD.add_(x_TD) if y_TD.dtype == x_TD.dtype else (x_TD + y_TD).to(x_TD.dtype)
+        return y_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        half, counters, dtype, (joined, joined_down) = ctx.how
+        half, counters, dtype, (joined, joined_down), room = ctx.how
+        if room:
+            room.check()
         x_TD, xa_down_TR, both_T2F, xa_TR = ctx.saved_tensors
         (residual_TD,) = dys
         dy_TD = residual_TD.to(dtype)
@@ -115,11 +123,18 @@ class _Node(torch.autograd.Function):
 
 
 def _gate_and_up(
-    n_TD: Tensor, half: MlpHalf, *, joined: Joined | None, counters: Counters | None
+    n_TD: Tensor,
+    half: MlpHalf,
+    *,
+    joined: Joined | None,
+    counters: Counters | None,
+    into_T2F: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Both [T, 2F], to which `_low` is still to be added, and x·A."""
     late = _adds_late(n_TD, joined)
-    return lora.forward(n_TD, half.gate_up, joined=joined, counters=counters, adds=not late)
+    return lora.forward(
+        n_TD, half.gate_up, joined=joined, counters=counters, adds=not late, out_TO=into_T2F
+    )
 
 
 def _low(xa_TR: Tensor | None, joined: Joined | None) -> Low | None:

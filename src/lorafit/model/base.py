@@ -277,6 +277,7 @@ def causal_loss_matches(model: nn.Module, device: torch.device) -> bool:
         ids = torch.randint(vocabulary, (2, 12), generator=torch.Generator().manual_seed(0))
         ids, labels = ids.to(device), ids.to(device, copy=True)
         labels[1, :8] = IGNORE
+        quantised.settle(model)
         with undisturbed(model):
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
         ours = summed_nats(out["logits"], labels) / supervised_tokens(labels, shifted=True)

@@ -7,19 +7,21 @@ and B are read anew each time. Knows no loss and no data.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lorafit.kernels.attention import Documents, Look
 from lorafit.kernels.attention_half import Around, AttentionHalf, attention_half
-from lorafit.kernels.elementwise import Scratch
+from lorafit.kernels.cross_entropy import spare
 from lorafit.kernels.lora import Adapter, Counters, Layers
 from lorafit.kernels.mlp_half import MlpHalf, mlp_half
+from lorafit.kernels.rooms import Room, Rooms
 from lorafit.model.base import decoder_of, is_hooked
 from lorafit.model.lora import LoraLinear, lora_linear, salt_of, sign_of
 from lorafit.model.quantised import together
@@ -28,7 +30,6 @@ RECOMPUTE = ("none", "mlp", "half", "layer")
 """What backward makes again: nothing but norms and products of elements; gate and up; q, k and v
 besides; the whole layer but its input."""
 
-FILL = 8
 _KNOWN = ("LlamaModel", "MistralModel", "Qwen2Model", "Qwen3Model")
 """Read line by line. Others of the same structure are proven in float32, where nothing hides."""
 
@@ -79,6 +80,7 @@ class Decoder:
         self._layers: list[_Layer] = []
         self._seen: list[Any] = []
         self._changes = 0
+        self._rooms = Rooms(len(self.decoder.layers))
         self.refresh()
 
     def __call__(
@@ -111,21 +113,25 @@ class Decoder:
         documents: Documents,
         counters: Counters | None,
     ) -> Tensor:
-        """What the layers make of the tokens, [T, D]."""
+        """What the layers make of the tokens, [T, D]; on a CPU there may be rows of no token beyond
+        them, as another document (`spare`)."""
         self.refresh()
-        fill = -len(ids_T) % FILL
-        if fill:
-            ids_T, positions_T = (torch.nn.functional.pad(x, (0, fill)) for x in (ids_T, positions_T))
+        if fill := spare(ids_T, self.dtype):
+            ids_T, positions_T = (functional.pad(x, (0, fill)) for x in (ids_T, positions_T))
             documents = Documents((*documents.lengths, fill))
+            counters = counters and counters.filled(fill)
         x_TD = self.decoder.embed_tokens(ids_T[None])[0]
         # asked for float32, as the angles of a bfloat16 model are rounded nowhere else
         exact = x_TD.new_empty(0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         cosine, sine = self.decoder.rotary_emb(exact, positions_T[None])
         rotary = cosine[0].contiguous(), sine[0].contiguous()
-        scratch = Scratch() if x_TD.device.type == "cpu" else None
-        around = Around(documents, rotary, counters, self.dtype, scratch)
-        for layer in self._layers:
+        shared = Around(documents, rotary, counters, self.dtype)
+        self._rooms.begin(len(x_TD), keeps=torch.is_grad_enabled())
+        for number, layer in enumerate(self._layers):
             factors = layer.factors()
+            around = (
+                replace(shared, room=self._room(number)) if x_TD.device.type == "cpu" else shared
+            )
             if self.recompute == "layer" and torch.is_grad_enabled():
                 run = partial(self._run, layer, around)
                 x_TD = checkpoint(
@@ -133,9 +139,14 @@ class Decoder:
                 )
             else:
                 x_TD = self._run(layer, around, x_TD, *factors)
-        if scratch:
-            scratch.clear()
         return x_TD
+
+    def _room(self, number: int) -> Room:
+        """Where a layer writes: places of its own for what a backward needs of it."""
+        turn = self._rooms.turn
+        if not torch.is_grad_enabled():
+            return Room(self._rooms, -1, -1, turn)
+        return Room(self._rooms, number, -1 if self.recompute == "layer" else number, turn)
 
     def keep_less(self) -> str:
         """Make the next more of `RECOMPUTE` again from now on; its name, empty after the last."""
@@ -144,7 +155,8 @@ class Decoder:
         return further[0] if further else ""
 
     def forget(self) -> None:
-        """Hand back what is held between micro-batches: nothing here."""
+        """Hand back what is held between micro-batches."""
+        self._rooms.clear()
 
     def factors(self) -> list[Tensor]:
         """Every A and B that the layers read, in their order."""
@@ -158,7 +170,7 @@ class Decoder:
         )  # fmt: skip
         return mlp_half(
             x_TD, layer.mlp, counters=around.counters, dtype=around.dtype, factors=factors[8:],
-            keeps=self.recompute not in ("mlp", "half"), scratch=around.scratch,
+            keeps=self.recompute not in ("mlp", "half"), room=around.room,
         )  # fmt: skip
 
     def refresh(self) -> int:

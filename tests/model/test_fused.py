@@ -1,0 +1,106 @@
+"""Llama's layers by the kernels: where a micro-batch writes, and what it is filled up with."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from tests.parity.side_by_side import SMALL
+from torch import Tensor
+
+from lorafit.kernels.attention import Documents
+from lorafit.kernels.lora import Counters
+from lorafit.model.fused import RECOMPUTE, Decoder
+
+LENGTHS = ((9, 17, 4), (25,), (3, 2), (11, 30))
+"""Documents of micro-batches: of fewer tokens, and of more, than those before."""
+
+
+def model(dropout: float = 0.0) -> Any:
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
+    lora = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(base, lora)
+
+
+def run(decoder: Decoder, lengths: tuple[int, ...], *, drops: bool = False) -> Tensor:
+    """What the layers make of seeded tokens."""
+    tokens = sum(lengths)
+    ids = torch.randint(60, (tokens,), generator=torch.Generator().manual_seed(tokens))
+    places = torch.cat([torch.arange(length) for length in lengths])
+    counters = Counters(ids, places) if drops else None
+    made = decoder.run(ids, places, documents=Documents.on(ids.device, lengths), counters=counters)
+    return made[:tokens]
+
+
+def gradients(decoder: Decoder, out: Tensor) -> list[Tensor]:
+    out.square().sum().backward()
+    made = [factor.grad for factor in decoder.factors() if factor.grad is not None]
+    for factor in decoder.factors():
+        factor.grad = None
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("level", RECOMPUTE)
+def test_places_change_no_bit(
+    level: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Micro-batch after micro-batch in the same memory, an evaluation between forward and
+    backward."""
+    decoder = Decoder(model(), dtype, recompute=level)
+    found = []
+    for lengths in LENGTHS:
+        out = run(decoder, lengths)
+        with torch.no_grad():
+            seen = run(decoder, (40, 20))[:5].clone()
+        found.append((out.detach().clone(), seen, *gradients(decoder, out)))
+    monkeypatch.setattr(Decoder, "_room", lambda *_: None)
+    for lengths, (out, seen, *grads) in zip(LENGTHS, found, strict=True):
+        plain = run(decoder, lengths)
+        assert torch.equal(plain, out)
+        assert all(map(torch.equal, gradients(decoder, plain), grads))
+        with torch.no_grad():
+            assert torch.equal(run(decoder, (40, 20))[:5], seen)
+
+
+def test_memory_is_asked_for_once() -> None:
+    decoder = Decoder(model(), torch.float32)
+    gradients(decoder, run(decoder, (30, 20)))
+    places = {place.data_ptr() for place in decoder._rooms._places.values()}
+    for lengths in LENGTHS:
+        gradients(decoder, run(decoder, lengths))
+        assert {place.data_ptr() for place in decoder._rooms._places.values()} == places
+    decoder.forget()
+    assert not decoder._rooms._places
+
+
+def test_a_graph_whose_memory_was_taken_fails() -> None:
+    decoder = Decoder(model(), torch.float32)
+    first = run(decoder, (5, 6))
+    run(decoder, (7,))
+    with pytest.raises(RuntimeError, match="after the forward of the next"):
+        first.sum().backward()
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_tokens_that_fill_up_change_nothing(drops: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorafit.model.fused.spare", lambda x, _: -len(x) % 32)
+    decoder = Decoder(model(0.3 if drops else 0.0), torch.float64)
+    filled = []
+    for lengths in LENGTHS:
+        out = run(decoder, lengths, drops=drops)
+        filled.append((out.detach().clone(), gradients(decoder, out)))
+    monkeypatch.setattr("lorafit.model.fused.spare", lambda *_: 0)
+    for lengths, (out, grads) in zip(LENGTHS, filled, strict=True):
+        plain = run(decoder, lengths, drops=drops)
+        torch.testing.assert_close(plain, out, rtol=1e-12, atol=1e-12)
+        for ours, theirs in zip(gradients(decoder, plain), grads, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
