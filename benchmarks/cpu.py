@@ -34,7 +34,7 @@ from examples import Examples, NoDataError
 from reference import compare_losses
 
 HERE = Path(__file__).parent
-PEERS = ("lorafit", *environments.PACKAGES)
+PEERS = tuple(environments.PACKAGES)
 # d2, d3 and d4 in steps of 16 would take minutes each; these hold as many tokens as two of d3
 STEP_TOKENS, IN_TOKENS = 4096, ("d2", "d3", "d4")
 
@@ -85,7 +85,7 @@ def homes(peers: list[str], *, here: bool) -> dict[str, Environment | str]:
         try:
             found[peer] = (
                 environments.here(peer, peer, "torch", "transformers", "peft")
-                if here or peer == "lorafit"
+                if here
                 else environments.environment(peer)
             )
         except CannotInstallError as error:

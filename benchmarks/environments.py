@@ -18,6 +18,7 @@ from pathlib import Path
 TORCH = "torch==2.13.0"
 HUGGING_FACE = ("transformers==5.23.0", "peft==0.21.2", "accelerate==1.15.0")
 PACKAGES: dict[str, tuple[str, ...]] = {
+    "lorafit": (TORCH, *HUGGING_FACE, "--editable", str(Path(__file__).parent.parent)),
     "transformers": (TORCH, *HUGGING_FACE),
     "trl": (TORCH, *HUGGING_FACE, "trl==1.16.0"),
     "unsloth": (
