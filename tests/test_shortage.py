@@ -134,6 +134,7 @@ def test_an_evaluation_is_tried_again(
 ) -> None:
     trainer = run_of(tmp_path, way)
     whole = trainer.evaluate()["eval_loss"]
+    assert trainer._reads.forget == trainer._packing.forget, "a second attempt has what a step held"
     with refusing(monkeypatch, 0, MemoryError, doing="evaluation") as counted:
         trainer.evaluate()
     for at in range(1, counted.count + 1, max(1, counted.count // 6)):
@@ -199,10 +200,15 @@ def test_a_larger_size_is_tried_again_later() -> None:
 def test_resident_memory_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts shrink before they would reach the limit, by what a token is known to keep."""
     told: list[OutOfMemory] = []
-    held = Room(most=1000, divides=True, tell=told.append, limit=10_000, per_token=10)
+    back: list[str] = []
+    held = Room(
+        most=1000, divides=True, forget=lambda: back.append("handed back"),
+        tell=told.append, limit=10_000, per_token=10,
+    )  # fmt: skip
     monkeypatch.setattr(limits, "peak", lambda: 2_000)
     ran = held.held(lambda tokens: [_Part(tokens)], lambda parts: parts[0].positions, step=1)  # type: ignore[arg-type]
     assert ran == 500 and told[0].message == "resident memory would reach 12.0 kB of 10.0 kB"
+    assert back == ["handed back"]
     assert held.held(lambda _: [_Part(700)], len, step=2) == 1, "what is known not to grow"  # type: ignore[arg-type]
     with pytest.raises(Full):
         held.held(lambda _: [_Part(5000, divides=False)], len, step=2)  # type: ignore[arg-type]

@@ -97,6 +97,7 @@ class Packing:
             most=self.tokens,
             divides=divides,
             keep_less=partial(self.keep_less, model),
+            forget=self.forget,
             tell=tell,
             limit=limit if limit > limits.peak() else 0,
             per_token=self.per_token,

@@ -116,7 +116,6 @@ class Session:
     loader: Loader
     layout: Layout
     laid_out: str
-    forget: Callable[[], None]
     progress: Progress
     readings: Readings
     watch: Watch
@@ -224,7 +223,6 @@ class Session:
 
         def again() -> None:
             self.engine.abandon()
-            self.forget()
             checkpoint.set_random_state(before)
 
         def run(parts: Sequence[MicroBatch]) -> StepResult:

@@ -196,6 +196,7 @@ class Trainer(Keeping):
         finally:
             self._signals, self._running, self.is_in_train = Signals(), None, False
             self._console.stop()
+            self._packing.forget()
         return self._finish(run)
 
     def _epoch(self, run: Session, epoch: int) -> None:
@@ -390,6 +391,7 @@ class Trainer(Keeping):
         self.create_optimizer_and_scheduler(plan.steps)
         own = overrides.any_of(*parts.STEPPING)
         divides = objective.divides and not own
+        self._reads.forget = self._packing.forget
         room = self._packing.room(self.model, arguments, divides=divides, tell=self.observers.tell)
         engine = parts.engine(
             self.model,
@@ -422,7 +424,6 @@ class Trainer(Keeping):
             say=self.observers.say,
             layout=partial(self._packing.lay_out, shifted=objective.shifted, world=self._world),
             laid_out=self._packing.layout,
-            forget=self._packing.forget,
             progress=Progress(arguments.max_nonfinite_steps, self._precision.settling),
             readings=readings,
             samples=arguments.show_samples,

@@ -104,6 +104,7 @@ class Room:
         divides: Whether a part of several rows may run in two: the loss is a sum over tokens.
         keep_less: Makes backward keep less from now on, by computing more of it again; what it
             does, empty where there is nothing left. See `model.fused.RECOMPUTE`.
+        forget: Hands back what is held between micro-batches, before a second attempt.
         tell: Is told of each shortage.
         limit: Bytes of resident memory that the process may have; 0: not watched.
         per_token: Bytes that a token keeps for backward; 0: not known.
@@ -113,6 +114,7 @@ class Room:
     most: int = sys.maxsize
     divides: bool = False
     keep_less: Callable[[], str] = str
+    forget: Callable[[], None] = lambda: None
     tell: Callable[[OutOfMemory], None] = lambda _: None
     limit: int = 0
     per_token: int = 0
@@ -158,6 +160,7 @@ class Room:
             # the error is gone by now, and with it the frames that held its tensors
             failed = parts[min(self.passed, len(parts) - 1)]
             again()
+            self.forget()
             release()
             self._shrink(failed, step=step, message=made.message)
 

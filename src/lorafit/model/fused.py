@@ -7,7 +7,7 @@ and B are read anew each time. Knows no loss and no data.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -125,13 +125,10 @@ class Decoder:
         exact = x_TD.new_empty(0, dtype=torch.promote_types(x_TD.dtype, torch.float32))
         cosine, sine = self.decoder.rotary_emb(exact, positions_T[None])
         rotary = cosine[0].contiguous(), sine[0].contiguous()
-        shared = Around(documents, rotary, counters, self.dtype)
         self._rooms.begin(len(x_TD), keeps=torch.is_grad_enabled())
         for number, layer in enumerate(self._layers):
-            factors = layer.factors()
-            around = (
-                replace(shared, room=self._room(number)) if x_TD.device.type == "cpu" else shared
-            )
+            factors, room = layer.factors(), self._room(number, x_TD.device)
+            around = Around(documents, rotary, counters, self.dtype, room)
             if self.recompute == "layer" and torch.is_grad_enabled():
                 run = partial(self._run, layer, around)
                 x_TD = checkpoint(
@@ -141,12 +138,13 @@ class Decoder:
                 x_TD = self._run(layer, around, x_TD, *factors)
         return x_TD
 
-    def _room(self, number: int) -> Room:
-        """Where a layer writes: places of its own for what a backward needs of it."""
-        turn = self._rooms.turn
-        if not torch.is_grad_enabled():
-            return Room(self._rooms, -1, -1, turn)
-        return Room(self._rooms, number, -1 if self.recompute == "layer" else number, turn)
+    def _room(self, number: int, device: torch.device) -> Room | None:
+        """Where a layer writes, on a CPU: to its own places what a backward needs of it."""
+        if device.type != "cpu":
+            return None
+        own = number if torch.is_grad_enabled() else -1
+        keeps = -1 if self.recompute == "layer" else own
+        return Room(self._rooms, own, keeps, self._rooms.turn)
 
     def keep_less(self) -> str:
         """Make the next more of `RECOMPUTE` again from now on; its name, empty after the last."""
