@@ -140,7 +140,7 @@ STEP_PATH: tuple[str, ...] = (
     "world.py:World.jointly",
     "world.py:World.share_gradients",
 )
-STEP_CODE, STEP_BRANCHES = 615, 96  # docs/decisions/0014-several-processes.md
+STEP_CODE, STEP_BRANCHES = 615, 96  # docs/decisions/0016-bf16-on-a-cpu.md
 
 # Where `**kwargs`, getattr and hasattr may stand: rooms and files, then files with the number of
 # functions that may use them.
