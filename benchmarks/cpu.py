@@ -58,7 +58,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=900, help="seconds of a run")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "cpu")
     parser.add_argument("--here", action="store_true", help="peers of this environment, as it is")
-    parser.add_argument("--settings", default="", help="of the contenders by name; empty: all")
+    parser.add_argument("--settings", default="", help="names with ; between; empty: all")
     parser.add_argument("--smoke", action="store_true", help="tiny shape, one round of two steps")
     given = parser.parse_args()
     if given.smoke:
@@ -147,7 +147,7 @@ class Benchmark:
             self.given.peers.split(","), self.dtypes,
             core="bf16" in self.dtypes, knobs=self.given.knobs,
         )  # fmt: skip
-        wanted = [name for name in self.given.settings.split(",") if name]
+        wanted = [name for name in self.given.settings.split(";") if name]
         rows = [Row(data.name, each) for each in asked if not wanted or each.setting in wanted]
         self.rows += rows
         for number in range(self.given.rounds):
