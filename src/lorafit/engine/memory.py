@@ -45,7 +45,7 @@ on CUDA the context with the libraries' workspace, which torch's allocator does 
 
 COMPILED = 100_000_000
 """In 16 bits on a CPU: what oneDNN keeps of products that it compiled for some sizes of
-micro-batches, 20 MB for each of four to eight (cross_entropy.ROWS)."""
+micro-batches, 20 MB for each of four to eight (rooms.ROWS)."""
 
 _BYTES: Final = MappingProxyType(
     {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1.0, "nf4": 4.127 / 8}
