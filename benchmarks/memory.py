@@ -1,13 +1,15 @@
 """Is the memory plan right? What `lorafit plan` says, beside the peak of a run that is measured.
 
     python benchmarks/memory.py [SHAPE ...] [--tokens 1024] [--device cuda] [--jobs 4]
+    python benchmarks/memory.py smollm2-135m --dtype bf16 --steps 4
 
-Each run is a fresh process: LoRA of rank 16 on all projections. On the CPU in fp32, random weights
-in files, one optimiser step; the peak is the process's resident set (VmHWM), libraries and mapped
-files included; nothing is taken off it. On CUDA in bf16, weights drawn there, three steps, so that
-graphs are recorded and replayed; the peak is that of torch's allocator, and the process's own share
-is taken off the forecast. A shape whose plan does not fit this machine is said, not run. Results:
-benchmarks/results/memory.txt and memory.json, with CUDA memory-cuda.txt and .json.
+Each run is a fresh process: LoRA of rank 16 on all projections. On the CPU in fp32 or bf16, random
+weights in files, one optimiser step unless more are asked for; the peak is the process's resident
+set (VmHWM), libraries and mapped files included; nothing is taken off it. On CUDA in bf16, weights
+drawn there, three steps, so that graphs are recorded and replayed; the peak is that of torch's
+allocator, and the process's own share is taken off the forecast. A shape whose plan does not fit
+this machine is said, not run. Results: benchmarks/results/memory.txt and memory.json, in bf16
+memory-bf16, with CUDA memory-cuda.
 """
 
 import argparse
@@ -48,12 +50,13 @@ def settings(tokens: int) -> tuple[Setting, ...]:
     )
 
 
-def run(shape: shapes.Shape, setting: Setting, *, root: Path, device: str) -> dict[str, object]:
+def run(
+    shape: shapes.Shape, setting: Setting, *, root: Path, how: dict[str, object]
+) -> dict[str, object]:
     """Forecast and peak in bytes, and what was chosen, of one fresh process."""
-    on_gpu = device == "cuda"
-    folder = shapes.folder(shape, root, dtype="bf16" if on_gpu else "fp32", weights=not on_gpu)
-    told = {"model": str(folder), **asdict(setting), "vocabulary": shape.vocabulary}
-    told |= {"device": device}
+    on_gpu = how["device"] == "cuda"
+    folder = shapes.folder(shape, root, dtype=str(how["dtype"]), weights=not on_gpu)
+    told = {"model": str(folder), **asdict(setting), "vocabulary": shape.vocabulary, **how}
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     environment |= {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
@@ -70,11 +73,11 @@ def work(told: dict[str, object]) -> None:
     from lorafit import config, forecast
 
     rows, length = int(str(told["rows"])), int(str(told["length"]))
-    on_gpu, steps = told["device"] == "cuda", 3 if told["device"] == "cuda" else 1
+    on_gpu, steps = told["device"] == "cuda", int(str(told["steps"]))
     flags = {
         "model": told["model"], "data": "-", "max_length": length, "recompute": told["recompute"],
-        "use_cpu": not on_gpu, "bf16": on_gpu, "eval_strategy": "no", "save_strategy": "no",
-        "load_best_model_at_end": False,
+        "use_cpu": not on_gpu, "bf16": told["dtype"] == "bf16", "eval_strategy": "no",
+        "save_strategy": "no", "load_best_model_at_end": False,
         "per_device_train_batch_size": rows, "gradient_accumulation_steps": 1, "max_steps": steps,
     }  # fmt: skip
     settings = config.load(None, flags)
@@ -135,13 +138,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), help="on a CPU; default: fp32")
+    parser.add_argument("--steps", type=int, help="default: 3 on CUDA, 1 on a CPU")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--worker", type=json.loads)
     given = parser.parse_args()
     if given.worker:
         work(given.worker)
         return
-    kind = "memory" if given.device == "cpu" else "memory-cuda"
+    on_cpu = given.device == "cpu"
+    dtype = given.dtype or "fp32" if on_cpu else "bf16"
+    how = {"device": given.device, "dtype": dtype, "steps": given.steps or (1 if on_cpu else 3)}
+    kind = ("memory" if dtype == "fp32" else "memory-bf16") if on_cpu else "memory-cuda"
     root, out = environments.cache(), given.out or HERE / "results" / kind
     told = machine() | {name: version(name) for name in ("torch", "transformers", "peft")}
     before = out.with_suffix(".json")
@@ -151,9 +159,9 @@ def main() -> None:
 
     def measured(name: str, setting: Setting) -> dict[str, object]:
         shape = shapes.SHAPES[name]
-        if given.device == "cpu" and shape.weight_bytes("fp32") >= 0.5 * total_memory():
-            return {"error": "its weights in fp32 are half of this machine"}
-        return run(shape, setting, root=root, device=given.device)
+        if on_cpu and shape.weight_bytes(dtype) >= 0.5 * total_memory():
+            return {"error": f"its weights in {dtype} are half of this machine"}
+        return run(shape, setting, root=root, how=how)
 
     import transformers.models.auto  # noqa: F401  as threads may not load it at once
 
@@ -161,7 +169,7 @@ def main() -> None:
         for (name, setting), found in zip(
             asked, pool.map(measured, *zip(*asked, strict=True)), strict=True
         ):
-            point = {"shape": name, **asdict(setting), **found}
+            point = {"shape": name, **asdict(setting), "steps": how["steps"], **found}
             points[name, setting.name] = point
             print(line(point), flush=True)
             write(out, told, [*points.values()])

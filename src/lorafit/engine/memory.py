@@ -43,6 +43,10 @@ PROCESS: Final = MappingProxyType({"cpu": 445_000_000, "cuda": 550_000_000})
 """On a CPU Python with torch, transformers and PEFT, as measured with the CPU build of torch 2.13;
 on CUDA the context with the libraries' workspace, which torch's allocator does not see."""
 
+COMPILED = 100_000_000
+"""In 16 bits on a CPU: what oneDNN keeps of products that it compiled for some sizes of
+micro-batches, 20 MB for each of four to eight (rooms.ROWS)."""
+
 _BYTES: Final = MappingProxyType(
     {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1.0, "nf4": 4.127 / 8}
 )
@@ -103,7 +107,7 @@ class Plan:
         tokens: Of a micro-batch: the budget.
         placed: Of the largest micro-batch: the budget, the whole step, or the longest example.
         per_token: What a token keeps until backward has passed.
-        process: The process and its libraries.
+        process: The process and its libraries, with the products that these compile.
         base: As loaded; `copies` are its projections side by side or in another format.
         activations: All that the largest micro-batch keeps.
         passing: What is there besides for a moment, of a layer or of the loss.
@@ -248,14 +252,15 @@ def plan(work: Work, *, tokens: int, recompute: str) -> Plan:
     placed = max(min(tokens, whole), work.longest)
     kept = kept_bytes(work, recompute)
     # a few sizes of the ladder (graph.py) are met; each has its rows in and out, and four numbers
-    sizes = 4 if work.device == "cuda" and work.number == 2 and recompute != "layer" else 0
+    halves = work.number == 2
+    sizes = 4 if work.device == "cuda" and halves and recompute != "layer" else 0
     name = work.optim.removeprefix("paged_")
     return Plan(
         tokens=tokens,
         recompute=recompute,
         placed=placed,
         per_token=kept,
-        process=PROCESS[work.device],
+        process=PROCESS[work.device] + (COMPILED if work.device == "cpu" and halves else 0),
         base=base_bytes(work),
         copies=_copies(work),
         adapter=4 * work.trained,

@@ -11,7 +11,6 @@
 
 #ifdef __AVX512BF16__
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -20,7 +19,7 @@
 using pair = uint32_t;
 
 static const i64 QUERIES = 32;  // of a block: even, as pairs run along queries too
-static const i64 LANES = 16, ROWS = 4;
+static const i64 ROWS = 4;
 
 static inline i64 upto(i64 count, i64 step) { return (count + step - 1) / step * step; }
 
@@ -88,13 +87,7 @@ static inline Matrix part(Matrix x, i64 first, i64 head, i64 width) {
   return {x.at + first * x.row + head * width, x.row};
 }
 
-static inline __m256i narrow(const float *x) {
-  return (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x));
-}
-
-static inline void store16(bf16 *into, __m512 x) {
-  _mm256_storeu_si256((__m256i *)into, (__m256i)_mm512_cvtneps_pbh(x));
-}
+static inline __m256i narrow(const float *x) { return narrow16(_mm512_loadu_ps(x)); }
 
 static inline __m512i side_by_side(__m256i low, __m256i high) {
   return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
@@ -197,18 +190,6 @@ struct Seen {
     return count <= 0 ? 0 : count >= LANES ? 0xffff : __mmask16((1u << count) - 1);
   }
 };
-
-// exp of 16 numbers to 2 ulp (Cephes' polynomial); 0 and infinity where they belong, NaN stays NaN.
-static inline __m512 exp16(__m512 x) {
-  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
-}
 
 // Scores of a row -> probabilities in bf16; returns the log of their sum of exponentials.
 static float softmax(float *row, Seen seen, i64 wide, float scale, bf16 *into) {

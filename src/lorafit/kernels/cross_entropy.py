@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from lorafit.kernels import cuda, native
 from lorafit.kernels.elementwise import accumulating
+from lorafit.kernels.rooms import ROWS, spare
 
 IGNORE = -100
 """The label of a token that carries no loss (torch's and transformers' convention)."""
@@ -99,16 +100,6 @@ class Head:
 CHUNK = {"cpu": 24 << 20, "cuda": 256 << 20}
 """Bytes of logits at a time: within a CPU's last cache, and below the 32 MiB from which glibc asks
 Linux for fresh pages each time; enough rows for a GPU's products."""
-
-
-ROWS = 32
-"""What rows of 16 bits are filled up to on a CPU: its library compiles a product anew for each
-number of rows, in 0.3 to 0.8 ms and as many MB, and keeps a thousand of them."""
-
-
-def spare(x_TD: Tensor, dtype: torch.dtype) -> int:
-    """How many rows are missing to a number that products of `dtype` are compiled for."""
-    return -len(x_TD) % ROWS if x_TD.device.type == "cpu" and dtype.itemsize == 2 else 0
 
 
 _LIFT = 4096.0

@@ -211,6 +211,8 @@ static void dropout(const X *x, X *y, const i64 *keys, const i64 *places, i64 ro
   }
 }
 
+#include "native16.cpp"
+
 extern "C" {
 
 #define ROWS(T, X)                                                                                  \

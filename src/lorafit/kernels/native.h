@@ -57,3 +57,33 @@ static inline float fast_exp(float x) {
   value = x > 88.0f ? std::numeric_limits<float>::infinity() : value;
   return x != x ? x : value;
 }
+
+#ifdef __AVX512BF16__
+
+#include <immintrin.h>
+#include <initializer_list>
+
+static const i64 LANES = 16;
+
+static inline __m256i narrow16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+static inline __m512 wide16(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+static inline __m512 rounded16(__m512 x) { return wide16(narrow16(x)); }
+
+static inline __m512 load16(const bf16 *p) { return wide16(_mm256_loadu_si256((const __m256i *)p)); }
+static inline void store16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, narrow16(x)); }
+
+// exp of 16 numbers to 2 ulp (Cephes' polynomial); 0 and infinity where they belong, NaN stays NaN.
+static inline __m512 exp16(__m512 x) {
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 0.5f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
+
+#endif

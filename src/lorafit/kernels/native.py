@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "attention.cpp"))
-HEADER = Path(__file__).with_name("native.h")
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("native.h", "native16.cpp"))
 # Sums may be reordered, as vector units need; NaN and infinity keep their meaning.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -85,18 +85,25 @@ def _converted(value: Tensor | int | float | None) -> int | float | None:
     return value.data_ptr()
 
 
+def compiler() -> str | None:
+    """What compiles; None where nothing does, or nothing is to."""
+    if os.environ.get("LORAFIT_NATIVE") == "0":
+        return None
+    return shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
+
+
 @cache
 def load() -> ctypes.CDLL | None:
     """The library, compiled on the first call of a machine's first run (about 3 s); None without a
     compiler."""
-    compiler = shutil.which(os.environ.get("CXX") or "c++") or shutil.which("g++")
-    if os.environ.get("LORAFIT_NATIVE") == "0" or compiler is None:
+    found = compiler()
+    if found is None:
         return None
     try:
-        made = _home() / f"native-{_key(compiler)}.so"
+        made = _home() / f"native-{_key(found)}.so"
         if not made.exists():
-            _compile(compiler, made)
-        return _opened(made) or _opened(_compile(compiler, made))
+            _compile(found, made)
+        return _opened(made) or _opened(_compile(found, made))
     # an old compiler, a folder that may not execute, a system that knows no owners of files
     except (OSError, AttributeError, subprocess.SubprocessError):
         return None
@@ -133,7 +140,7 @@ def _key(compiler: str) -> str:
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else [platform.processor()]
     flags = [line for line in lines if line.startswith(("flags", "Feat"))]
-    sources = [path.read_text() for path in (HEADER, *SOURCES)]
+    sources = [path.read_text() for path in (*INCLUDED, *SOURCES)]
     parts = [*sources, *FLAGS, said.stdout, torch.__version__, *flags[:1]]
     return hashlib.sha256("\n".join([*parts, platform.machine()]).encode()).hexdigest()[:16]
 

@@ -18,10 +18,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lorafit.kernels.attention import Documents, Look
 from lorafit.kernels.attention_half import Around, AttentionHalf, attention_half
-from lorafit.kernels.cross_entropy import spare
 from lorafit.kernels.lora import Adapter, Counters, Layers
 from lorafit.kernels.mlp_half import MlpHalf, mlp_half
-from lorafit.kernels.rooms import Room, Rooms
+from lorafit.kernels.rooms import Room, Rooms, spare
 from lorafit.model.base import decoder_of, is_hooked
 from lorafit.model.lora import LoraLinear, lora_linear, salt_of, sign_of
 from lorafit.model.quantised import together
