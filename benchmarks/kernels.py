@@ -82,16 +82,19 @@ def lines() -> Iterator[str]:
                 f"{str(dtype)[6:]:9} {name:24} native {ours:7.2f}  "
                 f"torch {plain:7.2f}  {plain / ours:5.1f}x"
             )
-    for length in (128, 200, 350, 512, 1024):
-        found = {}
-        for way, flash in (("products", False), ("flash", True)):
-            with mock.patch.object(attention, "_prefers_flash", return_value=flash):
-                found[way] = milliseconds(documents(length, torch.float32), repeats=6)
-        ratio = found["products"] / found["flash"]
-        yield (
-            f"float32   attention, {length:4} tokens   products {found['products']:7.2f}  "
-            f"torch's flash {found['flash']:7.2f}  {ratio:5.2f}x"
-        )
+    ways = [(torch.float32, "torch's flash", "_prefers_flash")]
+    if native.function("attention", torch.empty(0, dtype=torch.bfloat16)):
+        ways.append((torch.bfloat16, "pairs", "_takes_pairs"))
+    for dtype, name, choice in ways:
+        for length in (128, 200, 350, 512, 1024):
+            found = {}
+            for taken in (False, True):
+                with mock.patch.object(attention, choice, return_value=taken):
+                    found[taken] = milliseconds(documents(length, dtype), repeats=6)
+            yield (
+                f"{str(dtype)[6:]:9} attention, {length:4} tokens   products {found[False]:7.2f}  "
+                f"{name} {found[True]:7.2f}  {found[False] / found[True]:5.2f}x"
+            )
 
 
 def main() -> None:
