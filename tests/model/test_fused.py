@@ -82,6 +82,17 @@ def test_memory_is_asked_for_once() -> None:
     assert not decoder._rooms._places
 
 
+def test_training_does_not_hold_what_an_evaluation_took() -> None:
+    decoder = Decoder(model(), torch.float32)
+    held = []
+    for _ in range(2):
+        gradients(decoder, run(decoder, (30, 20)))
+        held.append(sum(place.nbytes for place in decoder._rooms._places.values()))
+        with torch.no_grad():
+            run(decoder, (900,))
+    assert held[0] == held[1]
+
+
 def test_a_graph_whose_memory_was_taken_fails() -> None:
     decoder = Decoder(model(), torch.float32)
     first = run(decoder, (5, 6))
