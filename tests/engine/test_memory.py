@@ -98,7 +98,7 @@ def test_the_fastest_that_fits_is_chosen() -> None:
     assert choose(replace(WORK, device="cuda"), AMPLE).tokens == 16384
     seen = set[tuple[int, str]]()
     before = found.total
-    for megabytes in range(2400, 1600, -20):
+    for megabytes in range(2200, 1300, -20):
         limit = Limit(megabytes * 10**6, "a test")
         one = choose(WORK, limit)
         assert memory.fits(one, limit) and one.total <= before
@@ -144,7 +144,7 @@ def test_what_is_asked_for_is_taken() -> None:
 def test_what_is_held_already_counts() -> None:
     limit = Limit(4 * 10**9, "a test")
     assert choose(WORK, limit).recompute == "none"
-    assert choose(WORK, limit, held=2_700_000_000).recompute != "none"
+    assert choose(WORK, limit, held=2_900_000_000).recompute != "none"
 
 
 def test_longer_examples_fit_where_more_is_made_again() -> None:
@@ -172,8 +172,7 @@ def test_copies_are_counted() -> None:
     emulated = plan(replace(WORK, weights="bfloat16"), tokens=1, recompute="none")
     assert emulated.copies == 4 * (SMOLLM2.projections + SMOLLM2.table)
     assert emulated.base == 2 * SMOLLM2.parameters
-    loaded = plan(replace(WORK, is_mapped=False), tokens=1, recompute="none")
-    assert loaded.copies == 0
+    assert plan(WORK, tokens=1, recompute="none").copies == 0
 
 
 # ---- a run

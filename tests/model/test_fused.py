@@ -1,5 +1,6 @@
 """Llama's layers by the kernels: where a micro-batch writes, and what it is filled up with."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +81,31 @@ def test_memory_is_asked_for_once() -> None:
         assert {place.data_ptr() for place in decoder._rooms._places.values()} == places
     decoder.forget()
     assert not decoder._rooms._places
+
+
+def test_files_of_weights_are_not_held(tmp_path: Path) -> None:
+    """q, k, v and gate, up lie side by side now; the pages of their file count no second time."""
+    model().base_model.model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    maps, ids = Path("/proc/self/maps"), torch.arange(9)[None]
+    if not maps.exists():
+        pytest.skip("this system does not say what is mapped")
+    assert str(tmp_path) in maps.read_text(), "else there is nothing to be seen here"
+    before = loaded(ids).logits.detach()
+    Decoder(get_peft_model(loaded, LoraConfig(task_type="CAUSAL_LM")), torch.float32)
+    assert str(tmp_path) not in maps.read_text()
+    assert torch.equal(loaded(ids).logits, before)
+
+
+def test_training_does_not_hold_what_an_evaluation_took() -> None:
+    decoder = Decoder(model(), torch.float32)
+    held = []
+    for _ in range(2):
+        gradients(decoder, run(decoder, (30, 20)))
+        held.append(sum(place.nbytes for place in decoder._rooms._places.values()))
+        with torch.no_grad():
+            run(decoder, (900,))
+    assert held[0] == held[1]
 
 
 def test_a_graph_whose_memory_was_taken_fails() -> None:

@@ -68,7 +68,6 @@ class Work:
         trained: Numbers that are trained, 4 bytes each.
         ranks: Numbers of x·A of a token in a layer.
         is_fused: Whether the kernels run the layers.
-        is_mapped: Whether the base lies in a mapped file, as one that was read as it was saved.
         longest: Tokens of the longest example; 0: unknown.
         examples: Of a step, all micro-batches together; 0: unknown.
         evaluated: Examples of an evaluation's micro-batch; 0: there is none.
@@ -83,7 +82,6 @@ class Work:
     ranks: int = 0
     optim: str = "adamw_torch_fused"
     is_fused: bool = True
-    is_mapped: bool = True
     longest: int = 0
     examples: int = 0
     evaluated: int = 8
@@ -108,7 +106,7 @@ class Plan:
         placed: Of the largest micro-batch: the budget, the whole step, or the longest example.
         per_token: What a token keeps until backward has passed.
         process: The process and its libraries, with the products that these compile.
-        base: As loaded; `copies` are its projections side by side or in another format.
+        base: As loaded; `copies` are its projections in another format.
         activations: All that the largest micro-batch keeps.
         passing: What is there besides for a moment, of a layer or of the loss.
         evaluation: What the largest micro-batch of an evaluation takes in place of both.
@@ -233,17 +231,11 @@ def base_bytes(work: Work) -> int:
 
 
 def _copies(work: Work) -> int:
-    """What the fused layers hold besides: q, k, v side by side, and gate and up, where the file
-    they came from stays mapped; all projections and the head, where products have another format.
-    """
-    shape = work.shape
-    if work.quantised or not work.is_fused:
+    """What the fused layers hold besides: all projections and the head, where products have another
+    format than the base."""
+    if work.quantised or not work.is_fused or work.products == work.weights:
         return 0
-    if work.products != work.weights:
-        return (shape.projections + shape.table) * work.number
-    joined = [m for m in shape.matrices if m.name not in ("o_proj", "down_proj")]
-    side_by_side = shape.layers * sum(m.numbers for m in joined) * work.number
-    return side_by_side if work.is_mapped and work.device == "cpu" else 0
+    return (work.shape.projections + work.shape.table) * work.number
 
 
 def plan(work: Work, *, tokens: int, recompute: str) -> Plan:

@@ -3,8 +3,9 @@
 What a layer keeps for backward would else be asked for and given back some three hundred times a
 micro-batch, in sizes that change with its tokens: the C library's heap grows by the holes between,
 by half of what is kept after a few steps, and Linux hands out zeroed pages anew (docs/memory.md).
-Here each kind of tensor has one place for all layers, as large as the most tokens yet; what is not
-touched costs no memory. A graph whose places were written to again fails in its backward.
+Here each kind of tensor has one place for all layers, as large as the most tokens yet that were
+trained on; an evaluation's places go when training goes on. A graph whose places were written to
+again fails in its backward.
 
 `spare` is for the memory that oneDNN keeps.
 """
@@ -16,8 +17,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-STEP = 1024
-"""Places are for a multiple of so many tokens."""
+STEP = 256
+"""Places are for a multiple of so many tokens; what is not touched costs no memory."""
 
 ROWS = 32
 """What rows of 16 bits are filled up to on a CPU: oneDNN compiles a product anew for each number of
@@ -38,7 +39,7 @@ class Rooms:
 
     def __init__(self, layers: int) -> None:
         self.turn = 0
-        self._layers, self._tokens = layers, 0
+        self._layers, self._own, self._lent = layers, 0, 0
         self._places: dict[tuple[str, bool], Tensor] = {}
 
     def begin(self, tokens: int, *, keeps: bool) -> None:
@@ -48,14 +49,22 @@ class Rooms:
             keeps: For backward, so that no older one's is to come.
         """
         self.turn += keeps
-        if tokens > self._tokens:
-            self._places.clear()
-            self._tokens = -(-tokens // STEP) * STEP
+        needed = -(-tokens // STEP) * STEP
+        if keeps:
+            if needed > self._own:
+                self._drop(own=True)
+            needed = self._own = max(needed, self._own)
+        if needed > self._lent or (keeps and needed < self._lent):
+            self._drop(own=False)
+            self._lent = needed
 
     def clear(self) -> None:
         """Give it all back."""
         self._places.clear()
-        self._tokens = 0
+        self._own = self._lent = 0
+
+    def _drop(self, *, own: bool) -> None:
+        self._places = {key: place for key, place in self._places.items() if key[1] != own}
 
     def take(self, name: str, shape: Sequence[int], *, dtype: torch.dtype, layer: int) -> Tensor:
         """A contiguous tensor, whatever it holds. `shape[0]` is tokens.
@@ -66,7 +75,7 @@ class Rooms:
         width, own = prod(shape[1:]), layer >= 0
         place = self._places.get((name, own))
         if place is None or place.dtype != dtype or place.shape[1] < shape[0] * width:
-            size = (self._layers if own else 1, max(self._tokens, shape[0]) * width)
+            size = (self._layers, self._own * width) if own else (1, self._lent * width)
             place = self._places[name, own] = torch.empty(size, dtype=dtype)
         # .data: torch would take a write to one layer's part for a write to all
         return place[layer, : shape[0] * width].view(*shape).data

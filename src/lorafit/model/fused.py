@@ -23,6 +23,7 @@ from lorafit.kernels.mlp_half import MlpHalf, mlp_half
 from lorafit.kernels.rooms import Room, Rooms, spare
 from lorafit.model.base import decoder_of, is_hooked
 from lorafit.model.lora import LoraLinear, lora_linear, salt_of, sign_of
+from lorafit.model.mapped import into_memory
 from lorafit.model.quantised import together
 
 RECOMPUTE = ("none", "mlp", "half", "layer")
@@ -81,6 +82,10 @@ class Decoder:
         self._changes = 0
         self._rooms = Rooms(len(self.decoder.layers))
         self.refresh()
+        weight = self.decoder.embed_tokens.weight
+        if weight.device.type == "cpu" and weight.dtype == dtype:
+            into_memory(model)
+            self.refresh()
 
     def __call__(
         self,
