@@ -27,7 +27,7 @@ FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 17_550, 26_300
 ROOM_CODE = {  # "" is the files at the top, together
     "": 5_060,  # docs/decisions/0014-several-processes.md
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
-    "model": 2_325,  # docs/decisions/0016-bf16-on-a-cpu.md
+    "model": 2_340,  # docs/decisions/0016-bf16-on-a-cpu.md
     "kernels": 1_740,  # docs/decisions/0016-bf16-on-a-cpu.md
     "engine": 1_900,
     "run": 3_510,
