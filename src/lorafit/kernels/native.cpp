@@ -4,6 +4,7 @@
 // Compiled by native.py on first use; knows nothing of torch, only of rows in memory.
 
 #include "native.h"
+#include "native16.h"
 
 // y = w * (x / rms(x)), the quotient rounded to x's dtype first, as transformers' RMSNorm does.
 template <class X, class Y>
@@ -12,13 +13,15 @@ static void rms_norm(const X *x, const X *weight, Y *y, float *rstd, i64 rows, i
   for (i64 t = 0; t < rows; t++) {
     const X *in = x + t * width;
     float squares = 0;
+    i64 done = squares16(in, width, &squares);
 #pragma omp simd reduction(+ : squares)
-    for (i64 d = 0; d < width; d++) squares += load(in, d) * load(in, d);
+    for (i64 d = done; d < width; d++) squares += load(in, d) * load(in, d);
     float scale = 1.0f / std::sqrt(squares / float(width) + eps);
     rstd[t] = scale;
     Y *out = y + t * width;
+    done = normed16(in, weight, out, width, scale);
 #pragma omp simd
-    for (i64 d = 0; d < width; d++)
+    for (i64 d = done; d < width; d++)
       store(out, d, rounded(load(weight, d) * rounded(load(in, d) * scale, in), in));
   }
 }
@@ -33,16 +36,18 @@ static void rms_norm_backward(const Y *dy, const X *x, const X *weight, const fl
     const Y *grad = dy + t * width;
     X *out = dx + t * width;
     float scale = rstd[t], dot = 0;
+    i64 done = dot16(grad, in, weight, width, &dot);
 #pragma omp simd reduction(+ : dot)
-    for (i64 d = 0; d < width; d++) dot += load(weight, d) * load(grad, d) * load(in, d);
+    for (i64 d = done; d < width; d++) dot += load(weight, d) * load(grad, d) * load(in, d);
     float along = dot * scale * scale * scale / float(width);
+    done = norm_gradient16(grad, in, weight, past, out, width, scale, along);
     if (past) {
 #pragma omp simd
-      for (i64 d = 0; d < width; d++)
+      for (i64 d = done; d < width; d++)
         store(out, d, load(past, d) + scale * load(weight, d) * load(grad, d) - along * load(in, d));
     } else {
 #pragma omp simd
-      for (i64 d = 0; d < width; d++)
+      for (i64 d = done; d < width; d++)
         store(out, d, scale * load(weight, d) * load(grad, d) - along * load(in, d));
     }
   }
@@ -59,8 +64,9 @@ static void rotate(X *x, const float *cosine, const float *sine, i64 tokens, i64
     const float *c = cosine + t * width, *s = sine + t * width;
     for (i64 h = 0; h < heads; h++) {
       X *low = x + t * row + h * width, *high = low + half;
+      i64 done = rotate16(low, high, c, s, half, sign);
 #pragma omp simd
-      for (i64 d = 0; d < half; d++) {
+      for (i64 d = done; d < half; d++) {
         float a = load(low, d), b = load(high, d);
         store(low, d, a * c[d] - sign * b * s[d]);
         store(high, d, b * c[half + d] + sign * a * s[half + d]);
@@ -76,8 +82,9 @@ static void swiglu(const X *both, X *h, i64 rows, i64 width) {
   for (i64 t = 0; t < rows; t++) {
     const X *gate = both + t * 2 * width, *up = gate + width;
     X *out = h + t * width;
+    i64 done = swiglu16(gate, up, out, width);
 #pragma omp simd
-    for (i64 f = 0; f < width; f++) {
+    for (i64 f = done; f < width; f++) {
       float g = load(gate, f);
       store(out, f, rounded(g / (1.0f + fast_exp(-g)), gate) * load(up, f));
     }
@@ -91,8 +98,9 @@ static void swiglu_backward(X *both, const X *dh, X *h, i64 rows, i64 width) {
   for (i64 t = 0; t < rows; t++) {
     X *gate = both + t * 2 * width, *up = gate + width, *out = h + t * width;
     const X *grad = dh + t * width;
+    i64 done = swiglu_backward16(gate, up, grad, out, width);
 #pragma omp simd
-    for (i64 f = 0; f < width; f++) {
+    for (i64 f = done; f < width; f++) {
       float g = load(gate, f), u = load(up, f), d = load(grad, f);
       float sigmoid = 1.0f / (1.0f + fast_exp(-g));
       float silu = g * sigmoid;
@@ -210,8 +218,6 @@ static void dropout(const X *x, X *y, const i64 *keys, const i64 *places, i64 ro
     }
   }
 }
-
-#include "native16.cpp"
 
 extern "C" {
 

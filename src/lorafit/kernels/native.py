@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "attention.cpp"))
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("native.h", "native16.cpp"))
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("native.h", "native16.h"))
 # Sums may be reordered, as vector units need; NaN and infinity keep their meaning.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
