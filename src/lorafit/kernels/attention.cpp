@@ -124,7 +124,7 @@ static void gathered(Matrix x, i64 count, i64 width, pair *into, i64 padded) {
 static void rounded_rows(const float *x, i64 wide, i64 rows, i64 width, bf16 *into, i64 row) {
   for (i64 r = 0; r < rows; r++)
     for (i64 e = 0; e < width; e += LANES)
-      _mm256_storeu_si256((__m256i *)(into + r * row + e), narrow(x + r * wide + e));
+      store16(into + r * row + e, _mm512_loadu_ps(x + r * wide + e));
 }
 
 // ---- attention -----------------------------------------------------------------------------------
