@@ -8,6 +8,7 @@
 // Compiled by native.py; without the instructions nothing is left of it.
 
 #include "native.h"
+#include "tile.h"
 
 #ifdef __AVX512BF16__
 
@@ -16,8 +17,6 @@
 #include <algorithm>
 #include <vector>
 
-using pair = uint32_t;
-
 static const i64 QUERIES = 32;  // of a block: even, as pairs run along queries too
 static const i64 ROWS = 4;
 
@@ -25,51 +24,19 @@ static inline i64 upto(i64 count, i64 step) { return (count + step - 1) / step *
 
 // ---- products ------------------------------------------------------------------------------------
 
-// A left operand: the pair of row m at step k is at[m * row + k * step].
-struct Left {
-  const pair *at;
-  i64 row, step;
-};
-
-template <int N, bool ADDS>
-static inline void tile(Left a, const pair *b, i64 wide, float *c, i64 out, i64 pairs) {
-  __m512 sums[ROWS][N];
-#pragma GCC unroll 4
-  for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++)
-      sums[m][n] = ADDS ? _mm512_loadu_ps(c + m * out + n * LANES) : _mm512_setzero_ps();
-  for (i64 k = 0; k < pairs; k++) {
-    __m512i columns[N];
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) columns[n] = _mm512_loadu_si512(b + k * wide + n * LANES);
-#pragma GCC unroll 4
-    for (int m = 0; m < ROWS; m++) {
-      __m512i one = _mm512_set1_epi32(int(a.at[m * a.row + k * a.step]));
-#pragma GCC unroll 4
-      for (int n = 0; n < N; n++)
-        sums[m][n] = _mm512_dpbf16_ps(sums[m][n], (__m512bh)one, (__m512bh)columns[n]);
-    }
-  }
-#pragma GCC unroll 4
-  for (int m = 0; m < ROWS; m++)
-#pragma GCC unroll 4
-    for (int n = 0; n < N; n++) _mm512_storeu_ps(c + m * out + n * LANES, sums[m][n]);
-}
-
 // C [rows, columns] = A B, or C += A B; rows a multiple of ROWS, columns of LANES.
 template <bool ADDS>
-static void product(Left a, const pair *b, i64 wide, float *c, i64 out, i64 rows, i64 columns,
+static void product(Left a, const word *b, i64 wide, float *c, i64 out, i64 rows, i64 columns,
                     i64 pairs) {
   for (i64 n = 0; n < columns; n += 4 * LANES)
     for (i64 m = 0; m < rows; m += ROWS) {
       Left from = {a.at + m * a.row, a.row, a.step};
       float *into = c + m * out + n;
       switch (std::min<i64>(4, (columns - n) / LANES)) {
-        case 1: tile<1, ADDS>(from, b + n, wide, into, out, pairs); break;
-        case 2: tile<2, ADDS>(from, b + n, wide, into, out, pairs); break;
-        case 3: tile<3, ADDS>(from, b + n, wide, into, out, pairs); break;
-        default: tile<4, ADDS>(from, b + n, wide, into, out, pairs);
+        case 1: tile<bf16, ROWS, 1, ADDS>(from, b + n, wide, into, out, pairs); break;
+        case 2: tile<bf16, ROWS, 2, ADDS>(from, b + n, wide, into, out, pairs); break;
+        case 3: tile<bf16, ROWS, 3, ADDS>(from, b + n, wide, into, out, pairs); break;
+        default: tile<bf16, ROWS, 4, ADDS>(from, b + n, wide, into, out, pairs);
       }
     }
 }
@@ -89,22 +56,17 @@ static inline Matrix part(Matrix x, i64 first, i64 head, i64 width) {
 
 static inline __m256i narrow(const float *x) { return narrow16(_mm512_loadu_ps(x)); }
 
-static inline __m512i side_by_side(__m256i low, __m256i high) {
-  return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
-                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-}
-
 // [count, width] -> [width / 2, wide]: pairs along the width, rows side by side; 0 beyond `count`.
-static void turned(Matrix x, i64 count, i64 width, pair *into, i64 wide) {
+static void turned(Matrix x, i64 count, i64 width, word *into, i64 wide) {
   for (i64 r = 0; r < count; r++) {
     const bf16 *row = x.at + r * x.row;
-    for (i64 k = 0; k < width / 2; k++) memcpy(into + k * wide + r, row + 2 * k, sizeof(pair));
+    for (i64 k = 0; k < width / 2; k++) memcpy(into + k * wide + r, row + 2 * k, sizeof(word));
   }
   for (i64 k = 0; k < width / 2; k++) std::fill(into + k * wide + count, into + (k + 1) * wide, 0);
 }
 
 // [count, width] -> [padded / 2, width]: pairs of rows; 0 beyond `count`.
-static void interleaved(Matrix x, i64 count, i64 width, pair *into, i64 padded) {
+static void interleaved(Matrix x, i64 count, i64 width, word *into, i64 padded) {
   for (i64 r = 0; r < padded; r += 2)
     for (i64 e = 0; e < width; e += LANES) {
       const bf16 *row = x.at + r * x.row + e;
@@ -116,7 +78,7 @@ static void interleaved(Matrix x, i64 count, i64 width, pair *into, i64 padded) 
 }
 
 // [count, width] -> the same, end to end; 0 beyond `count`.
-static void gathered(Matrix x, i64 count, i64 width, pair *into, i64 padded) {
+static void gathered(Matrix x, i64 count, i64 width, word *into, i64 padded) {
   for (i64 r = 0; r < count; r++) memcpy(into + r * width / 2, x.at + r * x.row, width * 2);
   std::fill(into + count * width / 2, into + padded * width / 2, 0);
 }
@@ -183,12 +145,7 @@ struct Seen {
       : from(window > 0 ? std::max<i64>(0, b.first + r + 1 - b.from - window) : 0),
         to(b.first + r + 1 - b.from) {}
 
-  __mmask16 lanes(i64 j) const { return below(to - j) & ~below(from - j); }
-
- private:
-  static __mmask16 below(i64 count) {
-    return count <= 0 ? 0 : count >= LANES ? 0xffff : __mmask16((1u << count) - 1);
-  }
+  __mmask16 lanes(i64 j) const { return lanes_below(to - j) & ~lanes_below(from - j); }
 };
 
 // Scores of a row -> probabilities in bf16; returns the log of their sum of exponentials.
@@ -230,11 +187,11 @@ static void softmax_backward(float *row, float *grad, Seen seen, i64 wide, float
 
 static void forward_heads(Task task, Matrix q, Matrix k, Matrix v, bf16 *out, float *lse,
                           Sizes how) {
-  static thread_local std::vector<pair> kept_k, kept_v, kept_q, kept_p;
+  static thread_local std::vector<word> kept_k, kept_v, kept_q, kept_p;
   static thread_local std::vector<float> kept_s, kept_o;
   i64 length = task.length, width = how.width, padded = upto(length, LANES);
-  pair *keys = room(kept_k, width / 2 * padded), *values = room(kept_v, padded / 2 * width);
-  pair *queries = room(kept_q, QUERIES * width / 2), *p = room(kept_p, QUERIES * padded / 2);
+  word *keys = room(kept_k, width / 2 * padded), *values = room(kept_v, padded / 2 * width);
+  word *queries = room(kept_q, QUERIES * width / 2), *p = room(kept_p, QUERIES * padded / 2);
   float *scores = room(kept_s, QUERIES * padded), *sums = room(kept_o, QUERIES * width);
   turned(part(k, task.start, task.group, width), length, width, keys, padded);
   interleaved(part(v, task.start, task.group, width), length, width, values, padded);
@@ -270,21 +227,21 @@ struct Sums {
 
 // Keys and values of a document as the products of a head read them.
 struct Packed {
-  const pair *keys, *values, *rows;
+  const word *keys, *values, *rows;
 };
 
 // One head's gradients: of q, and of the keys and values as sums.
 static void backward_head(Task task, i64 h, Matrix all_q, Matrix all_dout, const float *lse,
                           Packed kv, Grad grad_q, Sums into, Sizes how) {
-  static thread_local std::vector<pair> kept_q, kept_do, kept_q2, kept_do2;
-  static thread_local std::vector<pair> kept_p, kept_ds, kept_row;
+  static thread_local std::vector<word> kept_q, kept_do, kept_q2, kept_do2;
+  static thread_local std::vector<word> kept_p, kept_ds, kept_row;
   static thread_local std::vector<float> kept_s, kept_g, kept_dq;
   i64 length = task.length, width = how.width, padded = upto(length, LANES);
-  pair *q = room(kept_q, QUERIES * width / 2), *dout = room(kept_do, QUERIES * width / 2);
-  pair *q_pairs = room(kept_q2, QUERIES * width / 2);
-  pair *do_pairs = room(kept_do2, QUERIES * width / 2);
-  pair *p = room(kept_p, QUERIES * padded / 2), *ds = room(kept_ds, QUERIES * padded / 2);
-  pair *ds_rows = room(kept_row, QUERIES * padded / 2);
+  word *q = room(kept_q, QUERIES * width / 2), *dout = room(kept_do, QUERIES * width / 2);
+  word *q_pairs = room(kept_q2, QUERIES * width / 2);
+  word *do_pairs = room(kept_do2, QUERIES * width / 2);
+  word *p = room(kept_p, QUERIES * padded / 2), *ds = room(kept_ds, QUERIES * padded / 2);
+  word *ds_rows = room(kept_row, QUERIES * padded / 2);
   float *scores = room(kept_s, QUERIES * padded), *grads = room(kept_g, QUERIES * padded);
   float *dq = room(kept_dq, QUERIES * width);
   std::fill(into.keys, into.keys + padded * width, 0.0f);
@@ -334,11 +291,11 @@ static void add(Sums all, Sums one, i64 count) {
 // The sums of a task's heads, in room that is the thread's.
 static Sums backward_heads(Task task, Matrix q, Matrix k, Matrix v, Matrix dout, const float *lse,
                            Grad dq, Sizes how) {
-  static thread_local std::vector<pair> kept_k, kept_v, kept_rows;
+  static thread_local std::vector<word> kept_k, kept_v, kept_rows;
   static thread_local std::vector<float> kept_dk, kept_dv, kept_dk1, kept_dv1;
   i64 length = task.length, width = how.width, padded = upto(length, LANES);
-  pair *keys = room(kept_k, width / 2 * padded), *values = room(kept_v, width / 2 * padded);
-  pair *rows = room(kept_rows, padded / 2 * width);
+  word *keys = room(kept_k, width / 2 * padded), *values = room(kept_v, width / 2 * padded);
+  word *rows = room(kept_rows, padded / 2 * width);
   turned(part(k, task.start, task.group, width), length, width, keys, padded);
   turned(part(v, task.start, task.group, width), length, width, values, padded);
   interleaved(part(k, task.start, task.group, width), length, width, rows, padded);

@@ -126,7 +126,7 @@ class _Node(torch.autograd.Function):
         dout_TO, dxa_TR = lora.backward_rows(dy_TD, half.out, joined=joined_out, counters=counters)
         grads_out = lora.backward_factors(
             dy_TD, out_THE.flatten(1), layers=half.out,
-            products=(xa_out_TR, dxa_TR), joined=joined_out, counters=counters,
+            inner=(xa_out_TR, dxa_TR), joined=joined_out, counters=counters,
         )  # fmt: skip
         n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=around.dtype)
         if qkv_TO is None:

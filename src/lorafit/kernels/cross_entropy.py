@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from lorafit.kernels import cuda, native
 from lorafit.kernels.elementwise import accumulating
-from lorafit.kernels.rooms import ROWS, spare
+from lorafit.kernels.products import ROWS, linear, linear_backward, spare
 
 IGNORE = -100
 """The label of a token that carries no loss (torch's and transformers' convention)."""
@@ -130,7 +130,8 @@ class _LinearNats(torch.autograd.Function):
         start = 0
         for nats_N, dlogits_NV in _chunks(hidden_ND, targets_N, head=head):
             total += nats_N.sum()
-            torch.mm(dlogits_NV, head.weight_VD, out=dhidden_ND[start : start + len(dlogits_NV)])
+            rows_ND = dhidden_ND[start : start + len(dlogits_NV)]
+            linear_backward(dlogits_NV, head.weight_VD, out_TD=rows_ND)
             start += len(dlogits_NV)
         ctx.save_for_backward(dhidden_ND[: len(hidden_ND)])
         ctx.dtype = hidden_ND.dtype
@@ -158,7 +159,7 @@ def _chunks(hidden_ND: Tensor, targets_N: Tensor, *, head: Head) -> Iterator[tup
     filled_ND = functional.pad(hidden_ND, (0, 0, 0, fill)) if fill else hidden_ND
     for rows_ND, rows_N in zip(filled_ND.split(size), targets_N.split(size), strict=True):
         logits_NV = buffer_NV[: len(rows_ND)]
-        torch.mm(rows_ND.to(weight_VD.dtype), weight_VD.T, out=logits_NV)
+        linear(rows_ND.to(weight_VD.dtype).contiguous(), weight_VD, out_TO=logits_NV)
         nats_N = _nats_(logits_NV[: len(rows_N)], rows_N, head=head)
         logits_NV[len(rows_N) :] = 0
         yield nats_N, logits_NV

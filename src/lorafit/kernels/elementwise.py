@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorafit.kernels import cuda, native
+from lorafit.kernels.products import Low
 from lorafit.kernels.rooms import Room
 
 
@@ -159,11 +160,6 @@ def _heads_of(x_THE: Tensor, norms: HeadNorms) -> Iterator[tuple[Tensor, Tensor,
     parts = x_THE[:, : norms.split], x_THE[:, norms.split :]
     for part, weight_E in zip(parts, (norms.query_E, norms.key_E), strict=True):
         yield part, part.reshape(-1, part.shape[2]).contiguous(), weight_E
-
-
-Low = tuple[Tensor, Tensor]
-"""A product of low rank that is still to be added to some columns: rows [T, R] times [columns, R]',
-in 16 bits."""
 
 
 def adds_low(x_TD: Tensor) -> bool:

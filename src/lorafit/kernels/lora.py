@@ -10,7 +10,7 @@ Knows no autograd: the half blocks call these. PEFT's tensors are read as they a
 Shapes: `T` tokens, `D` in, `O` out, `R` ranks of all layers together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from lorafit.kernels.elementwise import dropped, rms_norm_backward
+from lorafit.kernels.products import linear, linear_backward, over_rows
 
 
 @dataclass(frozen=True)
@@ -144,30 +145,31 @@ def forward(
     joined: Joined | None,
     counters: Counters | None,
     adds: bool = True,
+    residual_TO: Tensor | None = None,
     out_TO: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y [T, O], and x·A [T, R], which backward needs and which is small.
 
     Args:
         adds: Without it x·A·B is still to be added to y.
+        residual_TO: Added to y, in its dtype.
         out_TO: Where y is written, if anywhere.
     """
-    if out_TO is None:
-        y_TO = functional.linear(x_TD, layers.weight_OD, layers.bias_O)
-    elif layers.bias_O is None:
-        y_TO = torch.mm(x_TD, layers.weight_OD.T, out=out_TO)
-    else:
-        y_TO = torch.addmm(layers.bias_O, x_TD, layers.weight_OD.T, out=out_TO)
-    if joined is None:
-        return y_TO, None
-    if counters is None or not layers.drops:
-        xa_TR = x_TD @ joined.a_RD.T
-    else:
+    xa_TR = None
+    if joined is not None and (counters is None or not layers.drops):
+        xa_TR = linear(x_TD, joined.a_RD)
+    elif joined is not None and counters is not None:
         parts = zip(joined.a_RD.split(joined.ranks), layers.adapters, strict=True)
         xa_TR = torch.cat(
-            [_drop(x_TD, adapter, counters=counters) @ a.T for a, adapter in parts], dim=1
+            [linear(_drop(x_TD, adapter, counters=counters), a) for a, adapter in parts],
+            dim=1,
         )
-    return y_TO.addmm_(xa_TR, joined.b_OR.T) if adds else y_TO, xa_TR
+    low = (xa_TR, joined.b_OR) if adds and xa_TR is not None and joined is not None else None
+    y_TO = linear(
+        x_TD, layers.weight_OD,
+        bias_O=layers.bias_O, low=low, residual_TO=residual_TO, out_TO=out_TO,
+    )  # fmt: skip
+    return y_TO, xa_TR
 
 
 def onto(
@@ -181,12 +183,12 @@ def onto(
 ) -> tuple[Tensor, Tensor | None]:
     """A half block's result, the residual rows x plus what `layers` make of h, in x's dtype and
     written to `into_TD` if that is given; and x·A."""
-    alike = x_TD.dtype == layers.stored_OD.dtype
-    y_TD, xa_TR = forward(
-        h_TO, layers, joined=joined, counters=counters, out_TO=into_TD if alike else None
-    )
-    if alike:
-        return y_TD.add_(x_TD), xa_TR
+    if x_TD.dtype == layers.stored_OD.dtype:
+        return forward(
+            h_TO, layers, joined=joined, counters=counters,
+            residual_TO=x_TD.contiguous(), out_TO=into_TD,
+        )  # fmt: skip
+    y_TD, xa_TR = forward(h_TO, layers, joined=joined, counters=counters)
     return torch.add(x_TD, y_TD, out=into_TD).to(x_TD.dtype), xa_TR
 
 
@@ -201,19 +203,20 @@ def backward_rows(
 ) -> tuple[Tensor | None, Tensor | None]:
     """dx [T, D] (None unless `wanted`), and dxa [T, R] for `backward_factors`. Without `adds`
     dxa·A is still to be added to dx."""
-    dx_TD = dy_TO @ layers.weight_OD if wanted else None
-    if joined is None:
-        return dx_TD, None
-    dxa_TR = dy_TO @ joined.b_OR
-    if not adds:
-        return dx_TD, dxa_TR
-    if dx_TD is not None and (counters is None or not layers.drops):
-        dx_TD.addmm_(dxa_TR, joined.a_RD)
-    elif dx_TD is not None and counters is not None:
-        halves = zip(dxa_TR.split(joined.ranks, dim=1), joined.a_RD.split(joined.ranks),
+    dxa_TR = None if joined is None else linear_backward(dy_TO, joined.b_OR)
+    if not wanted:
+        return None, dxa_TR
+    low = None
+    if adds and dxa_TR is not None and joined is not None:
+        low = dxa_TR, joined.a_RD
+    drops = counters is not None and layers.drops
+    dx_TD = linear_backward(dy_TO, layers.weight_OD, low=None if drops else low)
+    if low is not None and drops and joined is not None and counters is not None:
+        halves = zip(low[0].split(joined.ranks, dim=1), low[1].split(joined.ranks),
                      layers.adapters, strict=True)  # fmt: skip
         for dxa_Tr, a_rD, adapter in halves:
-            dx_TD += _drop(dxa_Tr @ a_rD, adapter, counters=counters)
+            part_TD = linear_backward(dxa_Tr.contiguous(), a_rD)
+            dx_TD += _drop(part_TD, adapter, counters=counters)
     return dx_TD, dxa_TR
 
 
@@ -222,44 +225,46 @@ def backward_factors(
     x_TD: Tensor,
     *,
     layers: Layers,
-    products: tuple[Tensor | None, Tensor | None],
+    inner: tuple[Tensor | None, Tensor | None],
     joined: Joined | None,
     counters: Counters | None,
 ) -> list[Tensor | None]:
-    """The gradients of A and B of each layer in turn: in the dtype of the product, on CUDA in
-    float32, as they were summed.
+    """The gradients of A and B of each layer in turn: as `over_rows` sums them.
 
     Args:
-        products: xa from `forward`, dxa from `backward_rows`.
+        inner: xa from `forward`, dxa from `backward_rows`.
     """
-    xa_TR, dxa_TR = products
+    xa_TR, dxa_TR = inner
     if joined is None or xa_TR is None or dxa_TR is None:
         return [None, None] * len(layers.widths)
-    db_OR = _summed(dy_TO.T, xa_TR)
     if counters is None or not layers.drops:
-        da_RD = _summed(dxa_TR.T, x_TD)
+        da_RD = over_rows(dxa_TR, x_TD)
     else:
         parts = zip(dxa_TR.split(joined.ranks, dim=1), layers.adapters, strict=True)
         da_RD = torch.cat(
-            [_summed(part.T, _drop(x_TD, adapter, counters=counters)) for part, adapter in parts]
+            [over_rows(part, _drop(x_TD, adapter, counters=counters)) for part, adapter in parts]
         )
     grads: list[Tensor | None] = []
-    row = column = 0
-    for width, rank, adapter in zip(layers.widths, joined.ranks, layers.adapters, strict=True):
-        if adapter is None:
-            grads += [None, None]
-        else:
-            db_Or = db_OR[row : row + width, column : column + rank] * adapter.scale
-            grads += [da_RD[column : column + rank], db_Or]
-        row, column = row + width, column + rank
+    parts_of_b = _upper_gradients(dy_TO, xa_TR, layers=layers, ranks=joined.ranks)
+    for db_Or, da_rD, adapter in zip(
+        parts_of_b, da_RD.split(joined.ranks), layers.adapters, strict=True
+    ):
+        grads += [None, None] if adapter is None else [da_rD, db_Or * adapter.scale]
     return grads
 
 
-def _summed(left: Tensor, right: Tensor) -> Tensor:
-    """A product over tokens, not rounded to 16 bits where the device can leave that out."""
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left @ right
+def _upper_gradients(
+    dy_TO: Tensor, xa_TR: Tensor, *, layers: Layers, ranks: tuple[int, ...]
+) -> Iterator[Tensor]:
+    """Of each layer's B, unscaled. On CUDA one product, whose parts beside the diagonal are left,
+    as launching three takes longer."""
+    if not dy_TO.is_cuda:
+        pairs = zip(dy_TO.split(layers.widths, dim=1), xa_TR.split(ranks, dim=1), strict=True)
+        yield from (over_rows(dy_To, xa_Tr) for dy_To, xa_Tr in pairs)
+        return
+    rows = over_rows(dy_TO, xa_TR).split(layers.widths)
+    for number, db_oR in enumerate(rows):
+        yield db_oR.split(ranks, dim=1)[number]
 
 
 class Below(NamedTuple):
@@ -289,7 +294,7 @@ def backward_to_norm(
     )
     grads = backward_factors(
         dy_TO, n_TD, layers=layers,
-        products=(xa_TR, dxa_TR), joined=joined, counters=counters,
+        inner=(xa_TR, dxa_TR), joined=joined, counters=counters,
     )  # fmt: skip
     if dn_TD is None or below is None:
         return None, grads

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import elementwise, lora
-from lorafit.kernels.elementwise import Low
 from lorafit.kernels.lora import Below, Counters, Joined, Layers
+from lorafit.kernels.products import Low
 from lorafit.kernels.rooms import Room
 
 MOST_RANKS = 128
@@ -112,7 +112,7 @@ class _Node(torch.autograd.Function):
         # from here on `both_T2F` are gradients
         grads_down = lora.backward_factors(
             dy_TD, h_TF, layers=half.down,
-            products=(xa_down_TR, dxa_TR), joined=joined_down, counters=counters,
+            inner=(xa_down_TR, dxa_TR), joined=joined_down, counters=counters,
         )  # fmt: skip
         below = Below(x_TD, half.norm_D, rstd_T, residual_TD) if ctx.needs_input_grad[0] else None
         dx_TD, grads = lora.backward_to_norm(

@@ -1,4 +1,4 @@
-"""native.cpp and attention.cpp, compiled once for this machine and called through ctypes.
+"""The C++ sources, compiled once for this machine and called through ctypes.
 
 Owns the compiler's command and where the library is kept; knows no mathematics. Where there is no
 C++ compiler, or `LORAFIT_NATIVE=0` asks for none, `function` finds nothing and torch does the work:
@@ -20,8 +20,9 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("native.cpp", "attention.cpp"))
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("native.h", "native16.h"))
+HERE = Path(__file__).parent
+SOURCES = tuple(HERE / name for name in ("native.cpp", "attention.cpp", "products.cpp"))
+INCLUDED = tuple(HERE / name for name in ("native.h", "native16.h", "tile.h"))
 # Sums may be reordered, as vector units need; NaN and infinity keep their meaning.
 FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
@@ -39,6 +40,9 @@ SIGNATURES = MappingProxyType(
         "swiglu_backward": "pppii",
         "attention": "ppppppiiiiiiiif",
         "attention_backward": "pppppppppiiiiiiiiiiif",
+        "linear": "pppppppiiii",
+        "linear_backward": "pppppiiii",
+        "over_rows": "pppiiii",
         "softmax": "ppiiiiif",
         "softmax_backward": "pppiiiiif",
         "cross_entropy": "pppiiff",

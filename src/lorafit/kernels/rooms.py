@@ -6,8 +6,6 @@ by half of what is kept after a few steps, and Linux hands out zeroed pages anew
 Here each kind of tensor has one place for all layers, as large as the most tokens yet that were
 trained on; an evaluation's places go when training goes on. A graph whose places were written to
 again fails in its backward.
-
-`spare` is for the memory that oneDNN keeps.
 """
 
 from collections.abc import Sequence
@@ -19,15 +17,6 @@ from torch import Tensor
 
 STEP = 256
 """Places are for a multiple of so many tokens; what is not touched costs no memory."""
-
-ROWS = 32
-"""What rows of 16 bits are filled up to on a CPU: oneDNN compiles a product anew for each number of
-rows, in 0.3 to 0.8 ms and as many MB, and keeps a thousand of them."""
-
-
-def spare(x_TD: Tensor, dtype: torch.dtype) -> int:
-    """How many rows are missing to a number that products of `dtype` are compiled for."""
-    return -len(x_TD) % ROWS if x_TD.device.type == "cpu" and dtype.itemsize == 2 else 0
 
 
 class Rooms:

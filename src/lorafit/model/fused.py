@@ -20,7 +20,8 @@ from lorafit.kernels.attention import Documents, Look
 from lorafit.kernels.attention_half import Around, AttentionHalf, attention_half
 from lorafit.kernels.lora import Adapter, Counters, Layers
 from lorafit.kernels.mlp_half import MlpHalf, mlp_half
-from lorafit.kernels.rooms import Room, Rooms, spare
+from lorafit.kernels.products import spare
+from lorafit.kernels.rooms import Room, Rooms
 from lorafit.model.base import decoder_of, is_hooked
 from lorafit.model.lora import LoraLinear, lora_linear, salt_of, sign_of
 from lorafit.model.mapped import into_memory

@@ -1,0 +1,69 @@
+// The inner loop of matrix products, for attention.cpp and products.cpp: a tile of sums that stays in
+// the processor's registers. Numbers go in words of 32 bits: a float, or a pair of bf16, which the
+// processor multiplies and adds at once. Left operands are read word by word, right ones as rows of
+// words that lie side by side for 16 columns or more.
+
+#pragma once
+
+#include "native.h"
+
+#ifdef __AVX512BF16__
+
+using word = uint32_t;
+
+// A left operand: the word of row m at step k is at[m * row + k * step].
+struct Left {
+  const word *at;
+  i64 row, step;
+};
+
+static inline __m512 multiplied(__m512 sum, __m512i a, __m512i b, const bf16 *) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+static inline __m512 multiplied(__m512 sum, __m512i a, __m512i b, const float *) {
+  return _mm512_fmadd_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), sum);
+}
+
+// C [M, N * LANES] = A B, or C += A B, over so many steps; `wide` words from a row of B to the next,
+// `out` numbers from a row of C.
+template <class X, int M, int N, bool ADDS>
+static inline void tile(Left a, const word *b, i64 wide, float *c, i64 out, i64 steps) {
+  __m512 sums[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) sums[m][n] = _mm512_setzero_ps();
+  for (i64 k = 0; k < steps; k++) {
+    __m512i columns[N];
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) columns[n] = _mm512_loadu_si512(b + k * wide + n * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) {
+      __m512i one = _mm512_set1_epi32(int(a.at[m * a.row + k * a.step]));
+#pragma GCC unroll 4
+      for (int n = 0; n < N; n++)
+        sums[m][n] = multiplied(sums[m][n], one, columns[n], (const X *)nullptr);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; m++)
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++) {
+      float *at = c + m * out + n * LANES;
+      __m512 before = ADDS ? _mm512_loadu_ps(at) : _mm512_setzero_ps();
+      _mm512_storeu_ps(at, _mm512_add_ps(before, sums[m][n]));
+    }
+}
+
+// Two rows of bf16 as one of pairs.
+static inline __m512i side_by_side(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low),
+                         _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+// The first `count` of 16 lanes, if there are as many.
+static inline __mmask16 lanes_below(i64 count) {
+  return count <= 0 ? 0 : count >= LANES ? 0xffff : __mmask16((1u << count) - 1);
+}
+
+#endif
