@@ -150,9 +150,9 @@ struct Product {
 
   // Chunks of columns in bands of rows: each thread takes as many, one behind the other.
   void run() const {
-    i64 bands = parts(rows, BAND), wide = CHUNK;
-    if (parts(columns, CHUNK) * bands < 4 * omp_get_max_threads()) wide = COLUMNS;
-    i64 tasks = parts(columns, wide) * bands;
+    i64 each = parts(parts(columns, COLUMNS), omp_get_max_threads());  // panels of a thread
+    i64 wide = parts(each, parts(each, PANELS)) * COLUMNS;
+    i64 bands = parts(rows, BAND), tasks = parts(columns, wide) * bands;
 #pragma omp parallel
     {
       i64 from = tasks * omp_get_thread_num() / omp_get_num_threads();
@@ -175,6 +175,7 @@ struct Product {
     static thread_local std::vector<float> sums;
     i64 blocks = parts(main.steps(), STEPS), each = parts(main.steps(), blocks);
     i64 kept = blocks > 1 ? r1 - r0 : ROWS, tiled = parts(r1 - r0, ROWS);
+    i64 panels = parts(n1 - n0, COLUMNS);
     if (i64(sums.size()) < kept * CHUNK) sums.resize(kept * CHUNK);
     auto block = [&](i64 n, i64 number) -> Block<X, TURNED> {
       i64 k0 = number * each, wide = n1 - n0;
@@ -189,21 +190,27 @@ struct Product {
       for (i64 t = 0; t < tiled; t++) {
         i64 r = r0 + t * ROWS, m = std::min(ROWS, r1 - r);
         float *c = sums.data() + (blocks > 1 ? r - r0 : 0) * CHUNK;
-        if (!last || next != n0) then.fetch(t, tiled);
         if (last) fetch_result(r, m, n0, n1);
-        multiply(main, r, m, now.k0, now.count, n1 - n0, packed.data(), c, b > 0);
+        Left a = left(main, r, now.k0);
+        for (i64 p = 0; p < panels; p++) {
+          if (!last || next != n0) then.fetch(t * panels + p, tiled * panels);
+          multiply(m, a, packed.data() + p * COLUMNS * now.count, c + p * COLUMNS, now.count, b > 0);
+        }
         if (!last) continue;
-        if (low.depth) multiply(low, r, m, 0, low.steps(), n1 - n0, beside, c, true);
+        for (i64 p = 0; low.depth && p < panels; p++)
+          multiply(m, left(low, r, 0), beside + p * COLUMNS * low.steps(), c + p * COLUMNS,
+                   low.steps(), true);
         for (i64 i = 0; i < m; i++) finish(c + i * CHUNK, r + i, n0, n1);
       }
     }
   }
 
-  void multiply(Factors<X> f, i64 r, i64 m, i64 k0, i64 count, i64 wide, const word *panel,
-                float *c, bool adds) const {
-    Left a = {(const word *)f.left + r * f.steps() + k0, f.steps(), 1};
-    for (i64 n = 0; n < wide; n += COLUMNS, panel += COLUMNS * count)
-      adds ? tiles<X, true>(m, a, panel, c + n, count) : tiles<X, false>(m, a, panel, c + n, count);
+  static Left left(Factors<X> f, i64 r, i64 k0) {
+    return {(const word *)f.left + r * f.steps() + k0, f.steps(), 1};
+  }
+
+  static void multiply(i64 m, Left a, const word *panel, float *c, i64 steps, bool adds) {
+    adds ? tiles<X, true>(m, a, panel, c, steps) : tiles<X, false>(m, a, panel, c, steps);
   }
 
   void fetch_result(i64 r, i64 m, i64 n0, i64 n1) const {
