@@ -425,7 +425,7 @@ def test_a_row_in_a_batch_is_the_row_alone(kind: str, side: str) -> None:
     alone = [document for row in rows for document in unpadded(collate([dict(row)]))]
     assert len(together) == 4
     for one, other, row in zip(together, alone, rows, strict=True):
-        assert torch.equal(one.ids, other.ids) and torch.equal(one.labels[1:], other.labels[1:])
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.targets, other.targets)
         assert one.ids.tolist() == row["input_ids"][: len(one.ids)]
         assert one.tokens == len(row["input_ids"])
 
@@ -439,7 +439,8 @@ def test_rows_padded_beforehand_lose_their_padding() -> None:
         "labels": torch.tensor([[-100, -100, *labels, -100]]),
     }
     (document,) = unpadded(batch)
-    assert document.ids.tolist() == ids and document.tokens == len(ids)
+    assert document.ids.tolist() == ids[:-1] and document.targets.tolist() == labels[1:]
+    assert document.tokens == len(ids)
 
 
 def test_a_mask_with_holes_is_refused() -> None:
@@ -449,17 +450,17 @@ def test_a_mask_with_holes_is_refused() -> None:
         list(unpadded(batch))
 
 
-def test_nothing_after_the_last_supervised_token_is_run() -> None:
+def test_nothing_is_run_that_predicts_nothing_supervised() -> None:
     batch = {
         "input_ids": torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5], [1, 1, 1, 1, 1]]),
         "labels": torch.tensor([[-100, -100, 7, -100, -100], [9, -100, -100, -100, -100], [1] * 5]),
     }
     (laid,) = packed([batch], budget=99)
-    assert laid.inputs["input_ids"].tolist() == [1, 1, 1, 1, 1, 5, 6, 7]
-    assert laid.inputs["position_ids"].tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
-    assert laid.inputs["rows"].tolist() == [0, 1, 2, 3, 6]
+    assert laid.inputs["input_ids"].tolist() == [1, 1, 1, 1, 5, 6]
+    assert laid.inputs["position_ids"].tolist() == [0, 1, 2, 3, 0, 1]
+    assert laid.inputs["rows"].tolist() == [0, 1, 2, 3, 5]
     assert laid.inputs["targets"].tolist() == [1, 1, 1, 1, 7]
-    assert (laid.supervised, laid.tokens, laid.positions, laid.rows) == (5, 15, 8, 3)
+    assert (laid.supervised, laid.tokens, laid.positions, laid.rows) == (5, 15, 6, 3)
 
 
 def test_a_step_without_supervision_still_has_a_micro_batch() -> None:

@@ -197,11 +197,11 @@ def _micro_batch(inputs: Any, *, shifted: bool) -> MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A row without padding: ids and labels, int64 [tokens]. Tokens after the last supervised one
-    are cut, as nothing depends on them; `tokens` counts them."""
+    """A row without padding: its ids up to the last that predicts a supervised token, and what each
+    of them predicts, int64 [T]. On those after it nothing depends; `tokens` counts them."""
 
     ids: Tensor
-    labels: Tensor
+    targets: Tensor
     tokens: int
 
 
@@ -337,8 +337,8 @@ def _between(starts: list[int], length: int) -> list[int]:
 
 def _example(ids: Tensor, labels: Tensor) -> Document:
     supervised = (labels[1:] != IGNORE).nonzero()
-    end = int(supervised[-1]) + 2 if len(supervised) else 0
-    return Document(ids[:end], labels[:end], len(ids))
+    end = int(supervised[-1]) + 1 if len(supervised) else 0
+    return Document(ids[:end], labels[1 : end + 1], len(ids))
 
 
 def _bare(document: Document) -> Document:
@@ -375,10 +375,7 @@ def best_fit(lengths: Sequence[int], *, budget: int) -> list[list[int]]:
 
 def _end_to_end(documents: Sequence[Document]) -> MicroBatch:
     lengths = tuple(len(document.ids) for document in documents)
-    labels = torch.cat([document.labels for document in documents])
-    targets = torch.cat([labels[1:], torch.full((1,), IGNORE)])
-    for end in accumulate(lengths):
-        targets[end - 1] = IGNORE  # what follows is another document's first token
+    targets = torch.cat([document.targets for document in documents])
     rows = (targets != IGNORE).nonzero().flatten()
     inputs = {
         "input_ids": torch.cat([document.ids for document in documents]),
