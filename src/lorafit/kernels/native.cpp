@@ -175,10 +175,12 @@ static void cross_entropy(X *logits, const i64 *targets, float *nats, i64 rows, 
     float top = -std::numeric_limits<float>::infinity(), sum = 0, all = 0;
     if (softcap > 0)
       for (i64 v = 0; v < vocabulary; v++) store(row, v, softcap * std::tanh(load(row, v) / softcap));
+    i64 done = highest16(row, vocabulary, &top);
 #pragma omp simd reduction(max : top)
-    for (i64 v = 0; v < vocabulary; v++) top = load(row, v) > top ? load(row, v) : top;
+    for (i64 v = done; v < vocabulary; v++) top = load(row, v) > top ? load(row, v) : top;
+    done = exponentials16(row, vocabulary, top, &sum, &all);
 #pragma omp simd reduction(+ : sum, all)
-    for (i64 v = 0; v < vocabulary; v++) sum += fast_exp(load(row, v) - top), all += load(row, v);
+    for (i64 v = done; v < vocabulary; v++) sum += fast_exp(load(row, v) - top), all += load(row, v);
     float log_sum = top + std::log(sum), target = load(row, targets[n]);
     float even = smoothing / float(vocabulary);
     nats[n] = log_sum - (1.0f - smoothing) * target - even * all;
@@ -191,8 +193,9 @@ static void cross_entropy(X *logits, const i64 *targets, float *nats, i64 rows, 
       }
       store(row, targets[n], hit * bent);
     } else {
+      done = probabilities16(row, vocabulary, log_sum, even);
 #pragma omp simd
-      for (i64 v = 0; v < vocabulary; v++) store(row, v, fast_exp(load(row, v) - log_sum) - even);
+      for (i64 v = done; v < vocabulary; v++) store(row, v, fast_exp(load(row, v) - log_sum) - even);
       store(row, targets[n], hit);
     }
   }

@@ -13,6 +13,9 @@ template <class... Any> static inline i64 norm_gradient16(Any...) { return 0; }
 template <class... Any> static inline i64 rotate16(Any...) { return 0; }
 template <class... Any> static inline i64 swiglu16(Any...) { return 0; }
 template <class... Any> static inline i64 swiglu_backward16(Any...) { return 0; }
+template <class... Any> static inline i64 highest16(Any...) { return 0; }
+template <class... Any> static inline i64 exponentials16(Any...) { return 0; }
+template <class... Any> static inline i64 probabilities16(Any...) { return 0; }
 
 #ifdef __AVX512BF16__
 
@@ -96,6 +99,33 @@ static inline i64 swiglu_backward16(bf16 *gate, bf16 *up, const bf16 *grad, bf16
     __m512 slope = _mm512_sub_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), g), silu);
     store16(gate + f, _mm512_mul_ps(_mm512_mul_ps(d, u), _mm512_mul_ps(sigmoid, slope)));
     store16(up + f, _mm512_mul_ps(d, silu));
+  }
+  return whole(width);
+}
+
+static inline i64 highest16(const bf16 *row, i64 width, float *top) {
+  __m512 tops = _mm512_set1_ps(*top);
+  for (i64 v = 0; v < whole(width); v += LANES) tops = _mm512_max_ps(load16(row + v), tops);
+  *top = _mm512_reduce_max_ps(tops);
+  return whole(width);
+}
+
+static inline i64 exponentials16(const bf16 *row, i64 width, float top, float *sum, float *all) {
+  __m512 sums = _mm512_setzero_ps(), alls = _mm512_setzero_ps();
+  for (i64 v = 0; v < whole(width); v += LANES) {
+    __m512 x = load16(row + v);
+    sums = _mm512_add_ps(sums, exp16(_mm512_sub_ps(x, _mm512_set1_ps(top))));
+    alls = _mm512_add_ps(alls, x);
+  }
+  *sum = _mm512_reduce_add_ps(sums);
+  *all = _mm512_reduce_add_ps(alls);
+  return whole(width);
+}
+
+static inline i64 probabilities16(bf16 *row, i64 width, float log_sum, float even) {
+  for (i64 v = 0; v < whole(width); v += LANES) {
+    __m512 p = exp16(_mm512_sub_ps(load16(row + v), _mm512_set1_ps(log_sum)));
+    store16(row + v, _mm512_sub_ps(p, _mm512_set1_ps(even)));
   }
   return whole(width);
 }
