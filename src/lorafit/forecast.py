@@ -126,6 +126,7 @@ def work_of(settings: Settings, device: str, *, native: bool, longest: int = 0) 
         ranks=ranks,
         optim=training.optim,
         is_fused=sizes.is_fused and not (model.use_dora or whole),
+        compiles=device == "cpu" and limits.has_tiles(),
         quantised=quantised,
         longest=longest or settings.data.max_length,
         examples=training.effective_batch_size,

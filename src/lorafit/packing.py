@@ -279,6 +279,7 @@ def _work(
         ranks=trained * each[1] // each[0],  # as if all projections had the same rank
         optim=arguments.optim,
         is_fused=fused,
+        compiles=device == "cpu" and limits.has_tiles(),
         longest=int(lengths_of(rows.training).max(initial=0)),
         examples=arguments.effective_batch_size,
         evaluated=forecast.evaluated(arguments),

@@ -95,3 +95,4 @@ def test_without_a_gpu_its_memory_must_be_said() -> None:
 def test_bf16_is_known_as_torch_knows_it() -> None:
     assert limits.multiplies_bf16("cpu") == native_bf16(torch.device("cpu"))
     assert limits.multiplies_bf16("cuda", Gpu("V100", 1, 1, 7.0)) is False
+    assert limits.has_tiles() == torch.cpu._is_amx_tile_supported()

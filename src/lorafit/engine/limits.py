@@ -66,11 +66,20 @@ def multiplies_bf16(device: str, gpu: "Gpu | None" = None) -> bool:
     torch the same. A GPU that is not here is taken to."""
     if device == "cuda":
         return gpu is None or gpu.capability >= 8
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(_processor())
+
+
+def has_tiles() -> bool:
+    """Whether this CPU has matrix tiles (AMX), whose products in 16 bits oneDNN compiles."""
+    return "amx_tile" in _processor()
+
+
+def _processor() -> set[str]:
+    """What it can do, in Linux's words; none elsewhere."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        flags = next((line for line in lines if line.startswith("flags")), "").split()
-        return "avx512_bf16" in flags or "amx_bf16" in flags
-    return False
+        return set(next((line for line in lines if line.startswith("flags")), "").split())
+    return set()
 
 
 # ---- this process --------------------------------------------------------------------------------

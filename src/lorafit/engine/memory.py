@@ -44,8 +44,8 @@ PROCESS: Final = MappingProxyType({"cpu": 445_000_000, "cuda": 550_000_000})
 on CUDA the context with the libraries' workspace, which torch's allocator does not see."""
 
 COMPILED = 100_000_000
-"""In 16 bits on a CPU: what oneDNN keeps of products that it compiled for some sizes of
-micro-batches, 20 MB for each of four to eight (rooms.ROWS)."""
+"""In 16 bits, where oneDNN multiplies: what it keeps of products that it compiled for some sizes of
+micro-batches, 20 MB for each of four to eight (products.ROWS)."""
 
 _BYTES: Final = MappingProxyType(
     {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "int8": 1.0, "nf4": 4.127 / 8}
@@ -68,6 +68,7 @@ class Work:
         trained: Numbers that are trained, 4 bytes each.
         ranks: Numbers of x·A of a token in a layer.
         is_fused: Whether the kernels run the layers.
+        compiles: Whether oneDNN multiplies what is in 16 bits.
         longest: Tokens of the longest example; 0: unknown.
         examples: Of a step, all micro-batches together; 0: unknown.
         evaluated: Examples of an evaluation's micro-batch; 0: there is none.
@@ -82,6 +83,7 @@ class Work:
     ranks: int = 0
     optim: str = "adamw_torch_fused"
     is_fused: bool = True
+    compiles: bool = False
     longest: int = 0
     examples: int = 0
     evaluated: int = 8
@@ -252,7 +254,7 @@ def plan(work: Work, *, tokens: int, recompute: str) -> Plan:
         recompute=recompute,
         placed=placed,
         per_token=kept,
-        process=PROCESS[work.device] + (COMPILED if work.device == "cpu" and halves else 0),
+        process=PROCESS[work.device] + (COMPILED if work.compiles and halves else 0),
         base=base_bytes(work),
         copies=_copies(work),
         adapter=4 * work.trained,

@@ -59,34 +59,31 @@ def function(name: str, *tensors: Tensor) -> Call | None:
 
     It takes contiguous CPU tensors, ints and floats, in the order of its C signature.
     """
-    suffixes = [_SUFFIX.get(tensor.dtype) for tensor in tensors if tensor.device.type == "cpu"]
-    if len(suffixes) != len(tensors) or None in suffixes:
+    if not all(tensor.is_cpu for tensor in tensors):
         return None
-    return _wrapped(name, "_".join(map(str, suffixes)))
+    return _wrapped(name, tuple(tensor.dtype for tensor in tensors))
 
 
 @cache
-def _wrapped(name: str, suffix: str) -> Call | None:
+def _wrapped(name: str, dtypes: tuple[torch.dtype, ...]) -> Call | None:
     library = load()
-    if library is None:
+    if library is None or not _SUFFIX.keys() >= set(dtypes):
         return None
     try:
-        bare = library[f"{name}_{suffix}"]
+        bare = library["_".join([name, *(_SUFFIX[dtype] for dtype in dtypes)])]
     except AttributeError:  # a pair of dtypes that nobody needs
         return None
     bare.restype, bare.argtypes = None, [_TYPES[kind] for kind in SIGNATURES[name]]
 
     def call(*given: Tensor | int | float | None) -> None:
-        bare(*[_converted(value) for value in given])
+        bare(*[_address(value) if isinstance(value, Tensor) else value for value in given])
 
     return call
 
 
-def _converted(value: Tensor | int | float | None) -> int | float | None:
-    if not isinstance(value, Tensor):
-        return value
-    assert value.is_contiguous()
-    return value.data_ptr()
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
 
 
 def compiler() -> str | None:

@@ -81,7 +81,7 @@ def linear_backward(
 
 def over_rows(left_TM: Tensor, right_TN: Tensor) -> Tensor:
     """left' right: [M, N], a sum over rows; not rounded to 16 bits where that can be left out."""
-    if is_own(left_TM.dtype, left_TM.device):
+    if is_own(left_TM, left_TM.dtype):
         if left_TM.shape[1] > right_TN.shape[1]:  # the narrower one is turned
             return _over_rows(right_TN, left_TM).T.contiguous()
         return _over_rows(left_TM, right_TN)
@@ -105,13 +105,13 @@ def _over_rows(left_TM: Tensor, right_TN: Tensor) -> Tensor:
 
 def spare(x_TD: Tensor, dtype: torch.dtype) -> int:
     """How many rows are missing to a number that products of `dtype` are compiled for."""
-    compiled = x_TD.device.type == "cpu" and dtype.itemsize == 2 and not is_own(dtype, x_TD.device)
+    compiled = x_TD.is_cpu and dtype.itemsize == 2 and not is_own(x_TD, dtype)
     return -len(x_TD) % ROWS if compiled else 0
 
 
-def is_own(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products.cpp multiplies rows of `dtype`."""
-    return device.type == "cpu" and _is_own(dtype)
+def is_own(x_TD: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products.cpp multiplies such rows in `dtype`."""
+    return x_TD.is_cpu and _is_own(dtype)
 
 
 @cache
@@ -121,7 +121,7 @@ def _is_own(dtype: torch.dtype) -> bool:
 
 
 def _own(name: str, x_TD: Tensor, weight_OD: Tensor, low: Low | None) -> Call | None:
-    if not (is_own(x_TD.dtype, x_TD.device) and weight_OD.is_contiguous()):
+    if not (is_own(x_TD, x_TD.dtype) and weight_OD.is_contiguous()):
         return None
     ranks = 0 if low is None else low[0].shape[1]
     odd = x_TD.dtype == torch.bfloat16 and (x_TD.shape[1] % 2 or ranks % 2)
