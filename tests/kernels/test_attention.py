@@ -42,21 +42,21 @@ def errors(dtype: torch.dtype, look: Look, lengths: tuple[int, ...] = LENGTHS) -
     return [float((a.double() - b).norm() / b.norm()) for a, b in pairs]
 
 
-WAYS = ["pairs", "native", "products", "flash"]
+WAYS = ["own", "native", "products", "flash"]
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """All of it in pairs of bf16, or how softmax is computed: in one native pass, by torch, or
+    """All of it in attention.cpp, or how softmax is computed: in one native pass, by torch, or
     within torch's flash kernel."""
-    if request.param in ("native", "pairs") and native.compiler() is None:
+    if request.param in ("native", "own") and native.compiler() is None:
         pytest.skip("no C++ compiler")
-    if request.param == "pairs":
-        if not attention._takes_pairs(tuple(x.detach() for x in heads(torch.bfloat16))):
+    if request.param == "own":
+        if not attention._is_own(tuple(x.detach() for x in heads(torch.bfloat16))):
             pytest.skip("this CPU does not multiply pairs of bf16, or has matrix tiles")
-        return "pairs"
-    monkeypatch.setattr(attention, "_takes_pairs", lambda _: False)
+        return "own"
+    monkeypatch.setattr(attention, "_is_own", lambda _: False)
     if request.param != "native":
         monkeypatch.setattr(native, "function", lambda *_: None)
     flash = request.param == "flash"
@@ -71,27 +71,28 @@ def test_it_is_the_reference(
 ) -> None:
     monkeypatch.setattr(attention, "BLOCK", block)
     dtypes = [torch.float32, torch.bfloat16] + [torch.float64] * (way != "flash")
-    for dtype in dtypes[1:2] if way == "pairs" else dtypes:
+    for dtype in dtypes[:2] if way == "own" else dtypes:
         found = errors(dtype, Look(E**-0.5, window))
         assert max(found) < TOLERANCE[dtype], (dtype, found)
 
 
-def test_pairs_err_less_than_products(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their scores are not rounded to bf16."""
-    if way != "pairs":
-        pytest.skip("of pairs")
-    pairs = errors(torch.bfloat16, Look(E**-0.5), (200, 61))
-    monkeypatch.setattr(attention, "_takes_pairs", lambda _: False)
+def test_ours_errs_less_than_products(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its scores are not rounded to bf16."""
+    if way != "own":
+        pytest.skip("of attention.cpp")
+    own = errors(torch.bfloat16, Look(E**-0.5), (200, 61))
+    monkeypatch.setattr(attention, "_is_own", lambda _: False)
     products = errors(torch.bfloat16, Look(E**-0.5), (200, 61))
-    assert all(ours < 0.8 * theirs for ours, theirs in zip(pairs, products, strict=True))
+    assert all(ours < 0.8 * theirs for ours, theirs in zip(own, products, strict=True))
 
 
-def test_pairs_do_not_depend_on_who_computes_what(way: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ours_does_not_depend_on_who_computes_what(way: str, dtype: torch.dtype) -> None:
     """A document alone, beside others, by one thread or head by head on several: the same bits."""
-    if way != "pairs":
-        pytest.skip("of pairs")
-    q, k, v = (x.detach() for x in heads(torch.bfloat16, (33, 70, 5)))
-    dout, threads, found = torch.randn(q.shape).bfloat16(), torch.get_num_threads(), []
+    if way != "own":
+        pytest.skip("of attention.cpp")
+    q, k, v = (x.detach() for x in heads(dtype, (33, 70, 5)))
+    dout, threads, found = torch.randn(q.shape).to(dtype), torch.get_num_threads(), []
     for lengths, count in (((33, 70, 5), 1), ((33, 70, 5), 8), ((70,), 1), ((70,), 8)):
         torch.set_num_threads(count)
         at = slice(0, None) if len(lengths) > 1 else slice(33, 103)
@@ -105,16 +106,11 @@ def test_pairs_do_not_depend_on_who_computes_what(way: str) -> None:
         assert all(map(torch.equal, found[0], other))
 
 
-def exact(way: str) -> torch.dtype:
-    """The widest numbers that every way of that name takes."""
-    return torch.bfloat16 if way == "pairs" else torch.float32
-
-
 def test_documents_do_not_see_each_other(way: str) -> None:
     """Whatever stands in one, the others' outputs keep their bits; a leak planted in the spans is
     seen at once."""
     look, documents = Look(E**-0.5), Documents(LENGTHS)
-    q, k, v = (x.detach() for x in heads(exact(way)))
+    q, k, v = (x.detach() for x in heads(torch.float32))
     before, _ = attention.forward((q, k, v), documents=documents, look=look)
     second = list(documents.spans())[1]
     for x in (q, k, v):
@@ -130,7 +126,7 @@ def test_documents_do_not_see_each_other(way: str) -> None:
 
 def test_the_future_is_not_seen(way: str) -> None:
     look, documents = Look(E**-0.5), Documents((20,))
-    q, k, v = (x.detach() for x in heads(exact(way), (20,)))
+    q, k, v = (x.detach() for x in heads(torch.float32, (20,)))
     before, _ = attention.forward((q, k, v), documents=documents, look=look)
     k[10:], v[10:] = 3.0, 3.0
     after, _ = attention.forward((q, k, v), documents=documents, look=look)
@@ -145,7 +141,7 @@ def test_gradients_by_hand_are_those_of_differences() -> None:
 
 
 def test_large_scores_do_not_overflow(way: str) -> None:
-    q, k, v = (x.detach() * 100 for x in heads(exact(way)))
+    q, k, v = (x.detach() * 100 for x in heads(torch.float32))
     out, lse = attention.forward((q, k, v), documents=Documents(LENGTHS), look=Look(1.0))
     assert out.isfinite().all() and lse.isfinite().all()
 

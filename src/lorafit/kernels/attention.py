@@ -2,7 +2,7 @@
 
 `forward` keeps the output and one number a query (the log of its sum of exponentials); `backward`
 computes the probabilities again from it (Dao et al. 2022, FlashAttention), so that nothing of size
-T x T is kept. A CPU that multiplies pairs of bf16 does all of it in attention.cpp. Others take
+T x T is kept. Where products are our own (products.py), attention.cpp does all of it. Others take
 document by document and block by block of queries in batched matrix products with one fused softmax
 pass between them, or torch's flash kernel where there is no compiler. CUDA takes all documents at
 once: short ones tile by tile (tiles.py), long ones in one call of torch's variable-length flash
@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from lorafit.kernels import native, tiles
 from lorafit.kernels.elementwise import accumulating
+from lorafit.kernels.products import is_own
 from lorafit.kernels.rooms import Room
 
 BLOCK = 256
@@ -122,8 +123,8 @@ def forward(
         lse = room.kept("lse", size[:2], dtype=sums).flatten()
     else:
         out_THE, lse = q_THE.new_empty(size), q_THE.new_empty(size[:2].numel(), dtype=sums)
-    if _takes_pairs(qkv):
-        _forward_pairs(qkv, (out_THE, lse), documents=documents, look=look)
+    if _is_own(qkv):
+        _forward_own(qkv, (out_THE, lse), documents=documents, look=look)
         return out_THE, lse
     flash = _prefers_flash(q_THE, look)
     for span in documents.spans():
@@ -159,8 +160,8 @@ def backward(
         for grad, computed in zip(grads, made, strict=True):
             grad.copy_(computed)
         return
-    if _takes_pairs((q_THE, k_TGE, v_TGE)):
-        _backward_pairs(dout_THE, kept, grads=grads, documents=documents, look=look)
+    if _is_own((q_THE, k_TGE, v_TGE)):
+        _backward_own(dout_THE, kept, grads=grads, documents=documents, look=look)
         return
     flash = _prefers_flash(q_THE, look)
     for span in documents.spans():
@@ -170,19 +171,15 @@ def backward(
         part(given, tuple(grad[span] for grad in grads), look=look)
 
 
-# ---- the CPU, in pairs of bf16 -------------------------------------------------------------------
+# ---- the CPU, in attention.cpp -------------------------------------------------------------------
 
 
-def _takes_pairs(qkv: Heads) -> bool:
-    """Whether attention.cpp computes heads that lie so. A CPU with matrix tiles (AMX) is left to
-    products, which use them."""
+def _is_own(qkv: Heads) -> bool:
+    """Whether attention.cpp computes heads that lie so."""
     q_THE = qkv[0]
     width = q_THE.shape[2]
-    has_tiles = torch.cpu._is_amx_tile_supported()  # pyright: ignore[reportPrivateUsage]
-    if q_THE.dtype != torch.bfloat16 or width % 16 or has_tiles:
-        return False
     beside = all(x.stride()[1:] == (width, 1) for x in qkv)
-    return beside and native.function("attention", q_THE) is not None
+    return beside and width % 16 == 0 and is_own(q_THE, q_THE.dtype)
 
 
 def _sizes(qkv: Heads, *, documents: Documents, look: Look) -> tuple[int | float, ...]:
@@ -190,7 +187,7 @@ def _sizes(qkv: Heads, *, documents: Documents, look: Look) -> tuple[int | float
     return len(documents.lengths), heads, qkv[1].shape[1], width, look.window, look.scale
 
 
-def _forward_pairs(
+def _forward_own(
     qkv: Heads, into: tuple[Tensor, Tensor], *, documents: Documents, look: Look
 ) -> None:
     call = native.function("attention", qkv[0])
@@ -201,7 +198,7 @@ def _forward_pairs(
     call(*at, *into, documents.begins, *rows, *sizes)
 
 
-def _backward_pairs(
+def _backward_own(
     dout_THE: Tensor,
     kept: tuple[Tensor, ...],
     *,

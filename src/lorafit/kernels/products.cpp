@@ -29,50 +29,10 @@ struct Factors {
   const X *left, *right;
   i64 depth, row;  // elements from one row of right to the next
 
-  static const i64 A_WORD = sizeof(word) / sizeof(X);
-  i64 steps() const { return parts(depth, A_WORD); }
+  i64 steps() const { return parts(depth, A_WORD<X>); }
 };
 
 // ---- right operands, side by side ----------------------------------------------------------------
-
-static inline void transpose(__m512i r[LANES]) {
-  __m512i t[LANES];
-  for (int i = 0; i < LANES; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < LANES; i += 4)
-    for (int j = 0; j < 2; j++) {
-      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
-      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
-    }
-  for (int i = 0; i < 4; i++) {
-    __m512i even = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    __m512i odd = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    __m512i even8 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    __m512i odd8 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    t[i] = _mm512_shuffle_i32x4(even, even8, 0x88);
-    t[i + 8] = _mm512_shuffle_i32x4(even, even8, 0xdd);
-    t[i + 4] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
-    t[i + 12] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
-  }
-  std::copy_n(t, LANES, r);
-}
-
-// Rows of words -> columns: [wide, count] -> [count, COLUMNS], 0 beyond `wide`.
-static void turn(const word *from, i64 row, i64 wide, i64 count, word *into) {
-  for (i64 n = 0; n < COLUMNS; n += LANES)
-    for (i64 k = 0; k < count; k += LANES) {
-      __m512i r[LANES];
-      for (i64 i = 0; i < LANES; i++)
-        r[i] = n + i < wide
-                   ? _mm512_maskz_loadu_epi32(lanes_below(count - k), from + (n + i) * row + k)
-                   : _mm512_setzero_si512();
-      transpose(r);
-      for (i64 i = 0; i < std::min(LANES, count - k); i++)
-        _mm512_storeu_si512(into + (k + i) * COLUMNS + n, r[i]);
-    }
-}
 
 // One row of words from a row of numbers, or from a pair of rows of which the second may be missing.
 static inline __m512i row_of_words(const float *from, i64, bool, __mmask16 in) {
@@ -90,7 +50,7 @@ struct Block {
   i64 n0, n1, k0, count;
 
   const X *begin(i64 n) const {
-    i64 k = k0 * Factors<X>::A_WORD;
+    i64 k = k0 * A_WORD<X>;
     return TURNED ? of.right + n * of.row + k : of.right + k * of.row + n;
   }
 
@@ -98,12 +58,12 @@ struct Block {
   void pack(word *into) const {
     if (TURNED) {
       for (i64 n = n0; n < n1; n += COLUMNS, into += COLUMNS * count)
-        turn((const word *)begin(n), of.row / Factors<X>::A_WORD, std::min(COLUMNS, n1 - n), count,
-             into);
+        turn((const word *)begin(n), of.row / A_WORD<X>, std::min(COLUMNS, n1 - n), count,
+             into, COLUMNS);
       return;
     }
     for (i64 k = 0; k < count; k++) {
-      const X *row = begin(n0) + k * Factors<X>::A_WORD * of.row;
+      const X *row = begin(n0) + k * A_WORD<X> * of.row;
       bool both = (k0 + k) * 2 + 1 < of.depth;
       word *panel = into + k * COLUMNS;
       for (i64 n = 0; n < n1 - n0; n += COLUMNS, panel += COLUMNS * count)
@@ -115,7 +75,7 @@ struct Block {
 
   // Ask for the part-th of so many parts of it, which come while others are multiplied.
   void fetch(i64 part, i64 all) const {
-    i64 rows = TURNED ? n1 - n0 : std::min(count * Factors<X>::A_WORD, of.depth - k0 * Factors<X>::A_WORD);
+    i64 rows = TURNED ? n1 - n0 : std::min(count * A_WORD<X>, of.depth - k0 * A_WORD<X>);
     i64 bytes = TURNED ? count * sizeof(word) : (n1 - n0) * sizeof(X);
     for (i64 r = rows * part / all; r < rows * (part + 1) / all; r++)
       for (i64 at = 0; at < bytes; at += LINE)

@@ -9,7 +9,12 @@
 
 #ifdef __AVX512BF16__
 
+#include <algorithm>
+
 using word = uint32_t;
+
+template <class X>
+static constexpr i64 A_WORD = sizeof(word) / sizeof(X);  // numbers
 
 // A left operand: the word of row m at step k is at[m * row + k * step].
 struct Left {
@@ -64,6 +69,46 @@ static inline __m512i side_by_side(__m256i low, __m256i high) {
 // The first `count` of 16 lanes, if there are as many.
 static inline __mmask16 lanes_below(i64 count) {
   return count <= 0 ? 0 : count >= LANES ? 0xffff : __mmask16((1u << count) - 1);
+}
+
+static inline void transpose(__m512i r[LANES]) {
+  __m512i t[LANES];
+  for (int i = 0; i < LANES; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < LANES; i += 4)
+    for (int j = 0; j < 2; j++) {
+      r[i + 2 * j] = _mm512_unpacklo_epi64(t[i + j], t[i + 2 + j]);
+      r[i + 2 * j + 1] = _mm512_unpackhi_epi64(t[i + j], t[i + 2 + j]);
+    }
+  for (int i = 0; i < 4; i++) {
+    __m512i even = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    __m512i odd = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    __m512i even8 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    __m512i odd8 = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+    t[i] = _mm512_shuffle_i32x4(even, even8, 0x88);
+    t[i + 8] = _mm512_shuffle_i32x4(even, even8, 0xdd);
+    t[i + 4] = _mm512_shuffle_i32x4(odd, odd8, 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(odd, odd8, 0xdd);
+  }
+  std::copy_n(t, LANES, r);
+}
+
+// Rows of words -> columns: [wide, count] -> [count, columns], 0 beyond `wide`; columns a multiple of
+// LANES.
+static void turn(const word *from, i64 row, i64 wide, i64 count, word *into, i64 columns) {
+  for (i64 n = 0; n < columns; n += LANES)
+    for (i64 k = 0; k < count; k += LANES) {
+      __m512i r[LANES];
+      for (i64 i = 0; i < LANES; i++)
+        r[i] = n + i < wide
+                   ? _mm512_maskz_loadu_epi32(lanes_below(count - k), from + (n + i) * row + k)
+                   : _mm512_setzero_si512();
+      transpose(r);
+      for (i64 i = 0; i < std::min(LANES, count - k); i++)
+        _mm512_storeu_si512(into + (k + i) * columns + n, r[i]);
+    }
 }
 
 #endif
