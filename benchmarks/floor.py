@@ -6,8 +6,9 @@ Runs the products that LoRA training cannot do without, and nothing else: per la
 the frozen forward and dX, the adapter's two forward products, its two of dX, dA and dB; the head's
 forward and dX for the supervised tokens. No attention, no elementwise pass, no loss, no optimiser,
 no copy; every layer has its own weights, so that they come from memory as in training; results
-land in buffers made beforehand. Tokens per second of that is the floor that shares are read
-against: an engine that reached 100% would do all the rest in no time.
+land in buffers made beforehand. By torch and, where lorafit has products of its own, by those.
+Tokens per second of the faster is the floor that shares are read against: an engine that reached
+100% would do all the rest in no time.
 """
 
 import argparse
@@ -17,10 +18,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lorafit.kernels import products as own
 from shapes import RANK, SHAPES, Shape
 
 NUMBERS = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -31,6 +34,9 @@ class Products:
     """The products of `T` tokens for one projection, as calls that fill buffers of their own.
 
     T tokens, I inputs, O outputs, R rank.
+
+    Attributes:
+        ours: By lorafit's own, which add the adapter's part in the same pass.
     """
 
     weight_OI: Tensor
@@ -39,10 +45,14 @@ class Products:
     x_TI: Tensor
     dy_TO: Tensor
     needs_dx: bool
+    ours: bool
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
         """Forward, then backward."""
+        if self.ours:
+            self._run_ours()
+            return
         xa_TR = self._mm("xa", self.x_TI, self.a_RI.T)
         y_TO = self._mm("y", self.x_TI, self.weight_OI.T)
         torch.addmm(y_TO, xa_TR, self.b_OR.T, out=y_TO)
@@ -53,13 +63,28 @@ class Products:
             dx_TI = self._mm("dx", self.dy_TO, self.weight_OI)
             torch.addmm(dx_TI, dyb_TR, self.a_RI, out=dx_TI)
 
+    def _run_ours(self) -> None:
+        """The same."""
+        place = self.buffers.setdefault
+        y_TO = place("y", torch.empty_like(self.dy_TO))
+        dx_TI = place("dx", torch.empty_like(self.x_TI))
+        xa_TR = own.linear(self.x_TI, self.a_RI)
+        own.linear(self.x_TI, self.weight_OI, low=(xa_TR, self.b_OR), out_TO=y_TO)
+        dyb_TR = own.linear_backward(self.dy_TO, self.b_OR)
+        own.over_rows(xa_TR, self.dy_TO)
+        own.over_rows(dyb_TR, self.x_TI)
+        if self.needs_dx:
+            own.linear_backward(self.dy_TO, self.weight_OI, low=(dyb_TR, self.a_RI), out_TD=dx_TI)
+
     def _mm(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         if name not in self.buffers:
             self.buffers[name] = left @ right
         return torch.mm(left, right, out=self.buffers[name])
 
 
-def layers(shape: Shape, tokens: int, *, device: str, dtype: torch.dtype) -> list[Products]:
+def layers(
+    shape: Shape, tokens: int, *, device: str, dtype: torch.dtype, ours: bool
+) -> list[Products]:
     """Every projection of every layer. Weights are each layer's own; activations are shared."""
 
     def drawn(*size: int) -> Tensor:
@@ -72,20 +97,26 @@ def layers(shape: Shape, tokens: int, *, device: str, dtype: torch.dtype) -> lis
         Products(
             drawn(rows, columns), drawn(RANK, columns), drawn(rows, RANK),
             wide[columns], wide[rows],
-            needs_dx=layer > 0 or number > 2, buffers=results[rows, columns],
+            needs_dx=layer > 0 or number > 2, ours=ours, buffers=results[rows, columns],
         )
         for layer in range(shape.layers)
         for number, (rows, columns) in enumerate(sizes)
     ]  # fmt: skip
 
 
-def head(shape: Shape, tokens: int, *, device: str, dtype: torch.dtype) -> Callable[[], object]:
+def head(
+    shape: Shape, tokens: int, *, device: str, dtype: torch.dtype, ours: bool
+) -> Callable[[], object]:
     """The head's forward and dX for `tokens` supervised tokens."""
     weight_VD = torch.randn(shape.vocabulary, shape.hidden, device=device, dtype=dtype)
     hidden_ND = torch.randn(tokens, shape.hidden, device=device, dtype=dtype)
     logits_NV, gradient_ND = hidden_ND @ weight_VD.T, torch.empty_like(hidden_ND)
 
     def work() -> None:
+        if ours:
+            own.linear(hidden_ND, weight_VD, out_TO=logits_NV)
+            own.linear_backward(logits_NV, weight_VD, out_TD=gradient_ND)
+            return
         torch.mm(hidden_ND, weight_VD.T, out=logits_NV)
         torch.mm(logits_NV, weight_VD, out=gradient_ND)
 
@@ -114,20 +145,33 @@ def tokens_per_second(
         counts: Tokens of a micro-batch to try.
         supervised: Share of the tokens that carry loss.
     """
-    found: dict[int, float] = {}
     where = {"device": device, "dtype": NUMBERS[dtype]}
-    for tokens in counts:
-        products = layers(shape, tokens, **where)
+    some = torch.empty(0, device=device)
+    ways = [False, True] if own.is_own(some, NUMBERS[dtype]) else [False]
+    return {
+        tokens: tokens / min(
+            _taken(shape, tokens, supervised=supervised, repeats=repeats, ours=ours, where=where)
+            for ours in ways
+        )
+        for tokens in counts
+    }  # fmt: skip
 
-        def body(products: list[Products] = products) -> None:
-            for each in products:
-                each.run()
 
-        taken = seconds(body, device=device, repeats=repeats)
-        scored = max(1, round(tokens * supervised))
-        taken += seconds(head(shape, scored, **where), device=device, repeats=repeats)
-        found[tokens] = tokens / taken
-    return found
+def _taken(
+    shape: Shape, tokens: int, *, supervised: float, repeats: int, ours: bool, where: dict[str, Any]
+) -> float:
+    """Seconds of a micro-batch's products."""
+    products = layers(shape, tokens, **where, ours=ours)
+
+    def body() -> None:
+        for each in products:
+            each.run()
+
+    device = where["device"]
+    scored = head(shape, max(1, round(tokens * supervised)), **where, ours=ours)
+    return seconds(body, device=device, repeats=repeats) + seconds(
+        scored, device=device, repeats=repeats
+    )
 
 
 def matrix_rate(*, device: str, dtype: str, width: int) -> float:

@@ -10,13 +10,14 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 
-from lorafit.kernels import attention, cross_entropy, elementwise, native
+from lorafit.kernels import attention, cross_entropy, elementwise, native, products
 from lorafit.kernels.attention import Documents, Look, attend
 from lorafit.kernels.cross_entropy import Head
 
@@ -60,6 +61,22 @@ def passes(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     }
 
 
+def multiplied(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
+    """Products with what an adapter of rank 16 adds, and sums over rows."""
+    sizes = {"q, k, v": (960, D), "gate and up": (2 * F, D), "down": (D, F)}
+    made: dict[str, Callable[[], Any]] = {}
+    for name, (out, into) in sizes.items():
+        x, dy, weight, a, b = (
+            torch.randn(size).to(dtype)
+            for size in ((T, into), (T, out), (out, into), (16, into), (out, 16))
+        )
+        xa = torch.randn(T, 16).to(dtype)
+        made[name] = partial(products.linear, x, weight, low=(xa, b))
+        made[f"{name}, backward"] = partial(products.linear_backward, dy, weight, low=(xa, a))
+        made[f"{name}, gradient of B"] = partial(products.over_rows, dy, xa)
+    return made
+
+
 def documents(length: int, dtype: torch.dtype) -> Callable[[], None]:
     """Forward and backward of one document's attention."""
     qkv = [torch.randn(length, heads, E).to(dtype).requires_grad_() for heads in (H, G, G)]
@@ -82,19 +99,34 @@ def lines() -> Iterator[str]:
                 f"{str(dtype)[6:]:9} {name:24} native {ours:7.2f}  "
                 f"torch {plain:7.2f}  {plain / ours:5.1f}x"
             )
+    owns = products.is_own(torch.empty(0), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16) if owns else ():
+        for name, call in multiplied(dtype).items():
+            ours = milliseconds(call)
+            with mock.patch.object(products, "_is_own", return_value=False):
+                plain = milliseconds(call)
+            yield (
+                f"{str(dtype)[6:]:9} {name:24} native {ours:7.2f}  "
+                f"torch {plain:7.2f}  {plain / ours:5.1f}x"
+            )
     ways = [(torch.float32, "torch's flash", "_prefers_flash")]
-    if native.function("attention", torch.empty(0, dtype=torch.bfloat16)):
-        ways.append((torch.bfloat16, "pairs", "_takes_pairs"))
+    if owns:
+        ways += [(dtype, "attention.cpp", "_is_own") for dtype in (torch.float32, torch.bfloat16)]
     for dtype, name, choice in ways:
         for length in (128, 200, 350, 512, 1024):
             found = {}
             for taken in (False, True):
-                with mock.patch.object(attention, choice, return_value=taken):
+                chosen = {"_is_own": False, "_prefers_flash": False, choice: taken}
+                with mock.patch.multiple(attention, **{k: _always(v) for k, v in chosen.items()}):
                     found[taken] = milliseconds(documents(length, dtype), repeats=6)
             yield (
                 f"{str(dtype)[6:]:9} attention, {length:4} tokens   products {found[False]:7.2f}  "
                 f"{name} {found[True]:7.2f}  {found[False] / found[True]:5.2f}x"
             )
+
+
+def _always(answer: bool) -> Callable[..., bool]:
+    return lambda *_: answer
 
 
 def main() -> None:
