@@ -22,13 +22,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "lorafit"
 
-# docs/decisions/0016-bf16-on-a-cpu.md
-FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 17_550, 26_300
+# docs/decisions/0017-products-of-our-own.md
+FILE_CODE, PACKAGE_CODE, PACKAGE_LINES = 400, 17_600, 26_400
 ROOM_CODE = {  # "" is the files at the top, together
     "": 5_060,  # docs/decisions/0014-several-processes.md
     "data": 2_625,  # docs/decisions/0006-strangers-files.md
     "model": 2_340,  # docs/decisions/0016-bf16-on-a-cpu.md
-    "kernels": 1_740,  # docs/decisions/0016-bf16-on-a-cpu.md
+    "kernels": 1_820,  # docs/decisions/0017-products-of-our-own.md
     "engine": 1_900,
     "run": 3_510,
     "deploy": 600,

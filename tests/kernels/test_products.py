@@ -109,6 +109,11 @@ def test_a_row_is_the_same_to_the_bit_beside_any_others(dtype: torch.dtype) -> N
         torch.set_num_threads(threads)
 
 
+def test_nothing_adds_up_to_nothing(way: str) -> None:
+    assert products.linear(torch.ones(0, 8), torch.ones(5, 8)).shape == (0, 5)
+    assert torch.equal(products.over_rows(torch.ones(0, 3), torch.ones(0, 5)), torch.zeros(3, 5))
+
+
 def test_what_is_not_a_number_stays_in_its_row(way: str) -> None:
     x_TD, weight_OD = torch.ones(9, 32), torch.ones(50, 32)
     x_TD[4, 7] = torch.nan

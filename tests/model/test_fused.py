@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lorafit.kernels.attention import Documents
 from lorafit.kernels.lora import Counters
+from lorafit.kernels.products import is_own
 from lorafit.model.fused import RECOMPUTE, Decoder
 
 LENGTHS = ((9, 17, 4), (25,), (3, 2), (11, 30))
@@ -70,6 +71,25 @@ def test_places_change_no_bit(
         assert all(map(torch.equal, gradients(decoder, plain), grads))
         with torch.no_grad():
             assert torch.equal(run(decoder, (40, 20))[:5], seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("drops", [False, True])
+def test_a_document_is_the_same_to_the_bit_wherever_it_lies(
+    drops: bool, dtype: torch.dtype
+) -> None:
+    if not is_own(torch.empty(0), dtype):
+        pytest.skip("torch multiplies here: equal to rounding (tests/test_packing.py)")
+    decoder = Decoder(model(0.3 * drops).to(dtype), dtype)
+    lengths = (9, 70, 200)
+    ids = torch.randint(60, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    places = torch.cat([torch.arange(length) for length in lengths])
+    counters = Counters(ids // 60 + 7, places) if drops else None
+    given = {"documents": Documents(lengths), "counters": counters}
+    together = decoder.run(ids, places, **given)[9:79].detach().clone()
+    counters = Counters(counters.keys_T[9:79], places[9:79]) if counters else None
+    given = {"documents": Documents((70,)), "counters": counters}
+    assert torch.equal(decoder.run(ids[9:79], places[9:79], **given), together)
 
 
 def test_memory_is_asked_for_once() -> None:

@@ -1,7 +1,7 @@
 // Causal attention of documents, in bf16 and in float32, for processors that multiply pairs of bf16
 // (AVX512-BF16). What attention.py does in batched products, with the scores of a few queries at a
-// time: they stay in float32 and in the cache, and those of keys that a query does not see are hardly
-// made. Each document is computed by itself, so that nothing depends on what lies beside it.
+// time: they stay in float32 and in the cache, and those of keys that a query does not see are
+// hardly made. Each document is computed by itself, so that nothing depends on what lies beside it.
 // Compiled by native.py; without the instructions nothing is left of it.
 
 #include "native.h"
@@ -292,7 +292,8 @@ static void backward_head(Task task, i64 h, Matrix<X> all_q, Matrix<X> all_dout,
     i64 skipped = b.from * width, steps = b.rows() / A_WORD<X>, seen = wide / A_WORD<X>;
     product<X, true>({p, 1, wide}, do_columns, width, into.values + skipped, width, wide, width,
                      steps);
-    product<X, true>({ds, 1, wide}, q_columns, width, into.keys + skipped, width, wide, width, steps);
+    product<X, true>({ds, 1, wide}, q_columns, width, into.keys + skipped, width, wide, width,
+                     steps);
     product<X, false>({ds_rows, seen, 1}, kv.rows + b.from * deep, width, dq, width, b.rows(),
                       width, seen);
     X *to = grad_q.at + (task.start + first) * grad_q.row + h * width;

@@ -133,7 +133,8 @@ struct Product {
   void chunk(i64 r0, i64 r1, i64 n0, i64 n1, i64 next) const {
     static thread_local std::vector<word> packed(CHUNK * (STEPS + LOW_STEPS));
     static thread_local std::vector<float> sums;
-    i64 blocks = parts(main.steps(), STEPS), each = parts(main.steps(), blocks);
+    i64 blocks = std::max<i64>(1, parts(main.steps(), STEPS));
+    i64 each = parts(main.steps(), blocks);
     i64 kept = blocks > 1 ? r1 - r0 : ROWS, tiled = parts(r1 - r0, ROWS);
     i64 panels = parts(n1 - n0, COLUMNS);
     if (i64(sums.size()) < kept * CHUNK) sums.resize(kept * CHUNK);
@@ -175,7 +176,8 @@ struct Product {
 
   void fetch_result(i64 r, i64 m, i64 n0, i64 n1) const {
     for (i64 i = r; i < r + m; i++)
-      for (i64 n = n0; n < n1; n += LINE / i64(sizeof(Y))) __builtin_prefetch(into + i * columns + n, 1);
+      for (i64 n = n0; n < n1; n += LINE / i64(sizeof(Y)))
+        __builtin_prefetch(into + i * columns + n, 1);
   }
 
   void finish(const float *sums, i64 r, i64 n0, i64 n1) const {

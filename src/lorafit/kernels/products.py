@@ -43,7 +43,7 @@ def linear(
     """
     if out_TO is None:
         out_TO = x_TD.new_empty(len(x_TD), len(weight_OD))
-    call = _own("linear", x_TD, weight_OD, low)
+    call = _own("linear", x_TD, weight_OD=weight_OD, low=low)
     if call:
         xa_TR, b_OR = low or (None, None)
         given = (x_TD, weight_OD, xa_TR, b_OR, bias_O, residual_TO, out_TO)
@@ -69,7 +69,7 @@ def linear_backward(
     """
     if out_TD is None:
         out_TD = dy_TO.new_empty(len(dy_TO), weight_OD.shape[1])
-    call = _own("linear_backward", dy_TO, weight_OD, low)
+    call = _own("linear_backward", dy_TO, weight_OD=weight_OD, low=low)
     if call:
         dxa_TR, a_RD = low or (None, None)
         ranks = 0 if a_RD is None else len(a_RD)
@@ -120,7 +120,7 @@ def _is_own(dtype: torch.dtype) -> bool:
     return not has_tiles and native.function("linear", torch.empty(0, dtype=dtype)) is not None
 
 
-def _own(name: str, x_TD: Tensor, weight_OD: Tensor, low: Low | None) -> Call | None:
+def _own(name: str, x_TD: Tensor, *, weight_OD: Tensor, low: Low | None) -> Call | None:
     if not (is_own(x_TD, x_TD.dtype) and weight_OD.is_contiguous()):
         return None
     ranks = 0 if low is None else low[0].shape[1]

@@ -1,7 +1,7 @@
-// The inner loop of matrix products, for attention.cpp and products.cpp: a tile of sums that stays in
-// the processor's registers. Numbers go in words of 32 bits: a float, or a pair of bf16, which the
-// processor multiplies and adds at once. Left operands are read word by word, right ones as rows of
-// words that lie side by side for 16 columns or more.
+// The inner loop of matrix products, for attention.cpp and products.cpp: a tile of sums that stays
+// in the processor's registers. Numbers go in words of 32 bits: a float, or a pair of bf16, which
+// the processor multiplies and adds at once. Left operands are read word by word, right ones as rows
+// of words that lie side by side for 16 columns or more.
 
 #pragma once
 
@@ -95,8 +95,8 @@ static inline void transpose(__m512i r[LANES]) {
   std::copy_n(t, LANES, r);
 }
 
-// Rows of words -> columns: [wide, count] -> [count, columns], 0 beyond `wide`; columns a multiple of
-// LANES.
+// Rows of words -> columns: [wide, count] -> [count, columns], 0 beyond `wide`; columns a multiple
+// of LANES.
 static void turn(const word *from, i64 row, i64 wide, i64 count, word *into, i64 columns) {
   for (i64 n = 0; n < columns; n += LANES)
     for (i64 k = 0; k < count; k += LANES) {
