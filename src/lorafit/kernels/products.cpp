@@ -43,9 +43,9 @@ static inline __m512i row_of_words(const bf16 *from, i64 row, bool both, __mmask
                       _mm256_maskz_loadu_epi16(both ? in : 0, from + row));
 }
 
-// A block of right: its columns from n0 to n1 and its words from k0 on, `count` deep.
+// A part of right: its columns from n0 to n1 and its words from k0 on, `count` deep.
 template <class X, bool TURNED>
-struct Block {
+struct Slice {
   Factors<X> of;
   i64 n0, n1, k0, count;
 
@@ -138,16 +138,16 @@ struct Product {
     i64 kept = blocks > 1 ? r1 - r0 : ROWS, tiled = parts(r1 - r0, ROWS);
     i64 panels = parts(n1 - n0, COLUMNS);
     if (i64(sums.size()) < kept * CHUNK) sums.resize(kept * CHUNK);
-    auto block = [&](i64 n, i64 number) -> Block<X, TURNED> {
+    auto slice = [&](i64 n, i64 number) -> Slice<X, TURNED> {
       i64 k0 = number * each, wide = n1 - n0;
       return {main, n, std::min(columns, n + wide), k0, std::min(each, main.steps() - k0)};
     };
     for (i64 b = 0; b < blocks; b++) {
       bool last = b + 1 == blocks;
-      Block<X, TURNED> now = block(n0, b), then = last ? block(next, 0) : block(n0, b + 1);
+      Slice<X, TURNED> now = slice(n0, b), then = last ? slice(next, 0) : slice(n0, b + 1);
       word *beside = packed.data() + CHUNK * now.count;
       now.pack(packed.data());
-      if (last) Block<X, TURNED>{low, n0, n1, 0, low.steps()}.pack(beside);
+      if (last) Slice<X, TURNED>{low, n0, n1, 0, low.steps()}.pack(beside);
       for (i64 t = 0; t < tiled; t++) {
         i64 r = r0 + t * ROWS, m = std::min(ROWS, r1 - r);
         float *c = sums.data() + (blocks > 1 ? r - r0 : 0) * CHUNK;
