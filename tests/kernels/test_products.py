@@ -111,6 +111,10 @@ def test_a_row_is_the_same_to_the_bit_beside_any_others(dtype: torch.dtype) -> N
 
 def test_nothing_adds_up_to_nothing(way: str) -> None:
     assert products.linear(torch.ones(0, 8), torch.ones(5, 8)).shape == (0, 5)
+    assert products.linear(torch.ones(5, 8), torch.ones(0, 8)).shape == (5, 0)
+    none = products.linear_backward(torch.ones(5, 0), torch.ones(0, 8))
+    assert torch.equal(none, torch.zeros(5, 8))
+    assert products.over_rows(torch.ones(5, 0), torch.ones(5, 8)).shape == (0, 8)
     assert torch.equal(products.over_rows(torch.ones(0, 3), torch.ones(0, 5)), torch.zeros(3, 5))
 
 

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tests.parity.side_by_side import SMALL
 from torch import Tensor
 
+from lorafit.kernels import products
 from lorafit.kernels.attention import Documents
 from lorafit.kernels.lora import Counters
 from lorafit.kernels.products import is_own
@@ -19,12 +20,12 @@ LENGTHS = ((9, 17, 4), (25,), (3, 2), (11, 30))
 """Documents of micro-batches: of fewer tokens, and of more, than those before."""
 
 
-def model(dropout: float = 0.0) -> Any:
+def model(dropout: float = 0.0, targets: Any = "all-linear") -> Any:
     torch.manual_seed(0)
     base = transformers.AutoModelForCausalLM.from_config(transformers.LlamaConfig(**SMALL))
     lora = LoraConfig(
         r=4,
-        target_modules="all-linear",
+        target_modules=targets,
         init_lora_weights=False,
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
@@ -90,6 +91,25 @@ def test_a_document_is_the_same_to_the_bit_wherever_it_lies(
     counters = Counters(counters.keys_T[9:79], places[9:79]) if counters else None
     given = {"documents": Documents((70,)), "counters": counters}
     assert torch.equal(decoder.run(ids[9:79], places[9:79], **given), together)
+
+
+@pytest.mark.parametrize("drops", [False, True])
+def test_layers_without_an_adapter_among_others(
+    drops: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of no columns and no depth, by whoever multiplies, and beside float64."""
+    found = []
+    for dtype, own in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        if not own:
+            monkeypatch.setattr(products, "_is_own", lambda _: False)
+        decoder = Decoder(model(0.3 * drops, ["q_proj", "v_proj", "down_proj"]).to(dtype), dtype)
+        out = run(decoder, (40, 21), drops=drops)
+        found.append([out.detach(), *gradients(decoder, out)])
+        monkeypatch.undo()
+    exact, *others = found
+    for other in others:
+        pairs = zip(exact, other, strict=True)
+        assert max(float((a - b).norm() / a.norm()) for a, b in pairs) < 1e-5
 
 
 def test_memory_is_asked_for_once() -> None:

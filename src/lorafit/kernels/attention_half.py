@@ -121,7 +121,7 @@ class _Node(torch.autograd.Function):
         counters = around.counters
         if around.room:
             around.room.check()
-        (residual_TD,) = dys
+        residual_TD = dys[0].contiguous()
         dy_TD = residual_TD.to(around.dtype)
         dout_TO, dxa_TR = lora.backward_rows(dy_TD, half.out, joined=joined_out, counters=counters)
         grads_out = lora.backward_factors(

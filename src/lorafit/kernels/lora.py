@@ -300,7 +300,7 @@ def backward_to_norm(
         return None, grads
     dx_TD = rms_norm_backward(
         dn_TD, below.x_TD, weight_D=below.weight_D, rstd_T=below.rstd_T,
-        residual_TD=below.residual_TD.contiguous(),
+        residual_TD=below.residual_TD,
     )  # fmt: skip
     return dx_TD, grads
 

@@ -95,7 +95,7 @@ class _Node(torch.autograd.Function):
         if room:
             room.check()
         x_TD, xa_down_TR, both_T2F, xa_TR = ctx.saved_tensors
-        (residual_TD,) = dys
+        residual_TD = dys[0].contiguous()
         dy_TD = residual_TD.to(dtype)
         n_TD, rstd_T = elementwise.rms_norm(x_TD, half.norm_D, eps=half.eps, dtype=dtype)
         if both_T2F is None:

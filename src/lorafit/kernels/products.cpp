@@ -110,7 +110,8 @@ struct Product {
 
   // Chunks of columns in bands of rows: each thread takes as many, one behind the other.
   void run() const {
-    i64 each = parts(parts(columns, COLUMNS), omp_get_max_threads());  // panels of a thread
+    i64 panels = std::max<i64>(1, parts(columns, COLUMNS));
+    i64 each = parts(panels, omp_get_max_threads());
     i64 wide = parts(each, parts(each, PANELS)) * COLUMNS;
     i64 bands = parts(rows, BAND), tasks = parts(columns, wide) * bands;
 #pragma omp parallel
