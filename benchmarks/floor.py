@@ -65,16 +65,17 @@ class Products:
 
     def _run_ours(self) -> None:
         """The same."""
-        place = self.buffers.setdefault
-        y_TO = place("y", torch.empty_like(self.dy_TO))
-        dx_TI = place("dx", torch.empty_like(self.x_TI))
+        buffers = self.buffers
+        if not buffers:
+            buffers |= {"y": torch.empty_like(self.dy_TO), "dx": torch.empty_like(self.x_TI)}
         xa_TR = own.linear(self.x_TI, self.a_RI)
-        own.linear(self.x_TI, self.weight_OI, low=(xa_TR, self.b_OR), out_TO=y_TO)
+        own.linear(self.x_TI, self.weight_OI, low=(xa_TR, self.b_OR), out_TO=buffers["y"])
         dyb_TR = own.linear_backward(self.dy_TO, self.b_OR)
         own.over_rows(xa_TR, self.dy_TO)
         own.over_rows(dyb_TR, self.x_TI)
         if self.needs_dx:
-            own.linear_backward(self.dy_TO, self.weight_OI, low=(dyb_TR, self.a_RI), out_TD=dx_TI)
+            low = dyb_TR, self.a_RI
+            own.linear_backward(self.dy_TO, self.weight_OI, low=low, out_TD=buffers["dx"])
 
     def _mm(self, name: str, left: Tensor, right: Tensor) -> Tensor:
         if name not in self.buffers:

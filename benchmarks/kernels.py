@@ -95,20 +95,14 @@ def lines() -> Iterator[str]:
             ours = milliseconds(call)
             with mock.patch.object(native, "function", return_value=None):
                 plain = milliseconds(plain_calls[name])
-            yield (
-                f"{str(dtype)[6:]:9} {name:24} native {ours:7.2f}  "
-                f"torch {plain:7.2f}  {plain / ours:5.1f}x"
-            )
+            yield _beside(dtype, name, ours=ours, plain=plain)
     owns = products.is_own(torch.empty(0), torch.float32)
     for dtype in (torch.float32, torch.bfloat16) if owns else ():
         for name, call in multiplied(dtype).items():
             ours = milliseconds(call)
             with mock.patch.object(products, "_is_own", return_value=False):
                 plain = milliseconds(call)
-            yield (
-                f"{str(dtype)[6:]:9} {name:24} native {ours:7.2f}  "
-                f"torch {plain:7.2f}  {plain / ours:5.1f}x"
-            )
+            yield _beside(dtype, name, ours=ours, plain=plain)
     ways = [(torch.float32, "torch's flash", "_prefers_flash")]
     if owns:
         ways += [(dtype, "attention.cpp", "_is_own") for dtype in (torch.float32, torch.bfloat16)]
@@ -123,6 +117,12 @@ def lines() -> Iterator[str]:
                 f"{str(dtype)[6:]:9} attention, {length:4} tokens   products {found[False]:7.2f}  "
                 f"{name} {found[True]:7.2f}  {found[False] / found[True]:5.2f}x"
             )
+
+
+def _beside(dtype: torch.dtype, name: str, *, ours: float, plain: float) -> str:
+    return (
+        f"{str(dtype)[6:]:9} {name:28} native {ours:7.2f}  torch {plain:7.2f}  {plain / ours:5.1f}x"
+    )
 
 
 def _always(answer: bool) -> Callable[..., bool]:

@@ -100,6 +100,10 @@ def test_a_row_is_the_same_to_the_bit_beside_any_others(dtype: torch.dtype) -> N
     for start, stop in ((0, 1), (3, 70), (1000, 1500)):
         part = x_TD[start:stop].clone(), (low[0][start:stop].clone(), low[1])
         assert torch.equal(products.linear(part[0], weight_OD, low=part[1]), whole[start:stop])
+        turned = products.linear_backward(
+            part[0], weight_OD.T.contiguous(), low=(part[1][0], low[1].T.contiguous())
+        )
+        assert torch.equal(turned, back[start:stop])
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1 if threads > 1 else 3)

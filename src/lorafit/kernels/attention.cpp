@@ -59,14 +59,7 @@ static void turned(Matrix<X> x, i64 count, i64 width, word *into, i64 wide) {
   turn((const word *)x.at, x.row / A_WORD<X>, count, width / A_WORD<X>, into, wide);
 }
 
-// One row of words from a row of numbers, or from a pair of rows.
-static inline __m512i joined(const float *row, i64) { return _mm512_loadu_si512(row); }
-static inline __m512i joined(const bf16 *row, i64 next) {
-  return side_by_side(_mm256_loadu_si256((const __m256i *)row),
-                      next ? _mm256_loadu_si256((const __m256i *)(row + next)) : __m256i{});
-}
-
-// The same from sums that are still to be rounded.
+// A row of words from sums that are still to be rounded.
 template <class X>
 static inline __m512i rounded_words(const float *row, i64 next) {
   if constexpr (A_WORD<X> == 1) return _mm512_loadu_si512(row);
@@ -79,7 +72,8 @@ static void interleaved(Matrix<X> x, i64 count, i64 width, word *into, i64 padde
   for (i64 r = 0; r < padded; r += A_WORD<X>, into += width)
     for (i64 e = 0; e < width; e += LANES) {
       const X *row = x.at + r * x.row + e;
-      __m512i words = r < count ? joined(row, r + 1 < count ? x.row : 0) : __m512i{};
+      __mmask16 in = r < count ? 0xffff : 0;
+      __m512i words = row_of_words(row, x.row, r + 1 < count, in);
       _mm512_storeu_si512(into + e, words);
     }
 }

@@ -206,17 +206,17 @@ def backward_rows(
     dxa_TR = None if joined is None else linear_backward(dy_TO, joined.b_OR)
     if not wanted:
         return None, dxa_TR
-    low = None
-    if adds and dxa_TR is not None and joined is not None:
+    if joined is None or dxa_TR is None or not adds:
+        return linear_backward(dy_TO, layers.weight_OD), dxa_TR
+    if counters is None or not layers.drops:
         low = dxa_TR, joined.a_RD
-    drops = counters is not None and layers.drops
-    dx_TD = linear_backward(dy_TO, layers.weight_OD, low=None if drops else low)
-    if low is not None and drops and joined is not None and counters is not None:
-        halves = zip(low[0].split(joined.ranks, dim=1), low[1].split(joined.ranks),
-                     layers.adapters, strict=True)  # fmt: skip
-        for dxa_Tr, a_rD, adapter in halves:
-            part_TD = linear_backward(dxa_Tr.contiguous(), a_rD)
-            dx_TD += _drop(part_TD, adapter, counters=counters)
+        return linear_backward(dy_TO, layers.weight_OD, low=low), dxa_TR
+    dx_TD = linear_backward(dy_TO, layers.weight_OD)
+    halves = zip(dxa_TR.split(joined.ranks, dim=1), joined.a_RD.split(joined.ranks),
+                 layers.adapters, strict=True)  # fmt: skip
+    for dxa_Tr, a_rD, adapter in halves:
+        part_TD = linear_backward(dxa_Tr.contiguous(), a_rD)
+        dx_TD += _drop(part_TD, adapter, counters=counters)
     return dx_TD, dxa_TR
 
 

@@ -71,7 +71,6 @@ static inline __m512 wide16(__m256i x) {
 }
 static inline __m512 rounded16(__m512 x) { return wide16(narrow16(x)); }
 
-static inline __m512 load16(const float *p) { return _mm512_loadu_ps(p); }
 static inline __m512 load16(const bf16 *p) { return wide16(_mm256_loadu_si256((const __m256i *)p)); }
 static inline void store16(float *p, __m512 x) { _mm512_storeu_ps(p, x); }
 static inline void store16(bf16 *p, __m512 x) { _mm256_storeu_si256((__m256i *)p, narrow16(x)); }

@@ -34,15 +34,6 @@ struct Factors {
 
 // ---- right operands, side by side ----------------------------------------------------------------
 
-// One row of words from a row of numbers, or from a pair of rows of which the second may be missing.
-static inline __m512i row_of_words(const float *from, i64, bool, __mmask16 in) {
-  return _mm512_maskz_loadu_epi32(in, from);
-}
-static inline __m512i row_of_words(const bf16 *from, i64 row, bool both, __mmask16 in) {
-  return side_by_side(_mm256_maskz_loadu_epi16(in, from),
-                      _mm256_maskz_loadu_epi16(both ? in : 0, from + row));
-}
-
 // A part of right: its columns from n0 to n1 and its words from k0 on, `count` deep.
 template <class X, bool TURNED>
 struct Slice {
@@ -64,7 +55,7 @@ struct Slice {
     }
     for (i64 k = 0; k < count; k++) {
       const X *row = begin(n0) + k * A_WORD<X> * of.row;
-      bool both = (k0 + k) * 2 + 1 < of.depth;
+      bool both = (k0 + k) * A_WORD<X> + 1 < of.depth;
       word *panel = into + k * COLUMNS;
       for (i64 n = 0; n < n1 - n0; n += COLUMNS, panel += COLUMNS * count)
         for (i64 v = 0; v < COLUMNS; v += LANES)

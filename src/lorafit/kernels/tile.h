@@ -66,6 +66,15 @@ static inline __m512i side_by_side(__m256i low, __m256i high) {
                          _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
 }
 
+// One row of words from a row of numbers, or from a pair of rows of which the second may be missing.
+static inline __m512i row_of_words(const float *from, i64, bool, __mmask16 in) {
+  return _mm512_maskz_loadu_epi32(in, from);
+}
+static inline __m512i row_of_words(const bf16 *from, i64 row, bool both, __mmask16 in) {
+  return side_by_side(_mm256_maskz_loadu_epi16(in, from),
+                      _mm256_maskz_loadu_epi16(both ? in : 0, from + row));
+}
+
 // The first `count` of 16 lanes, if there are as many.
 static inline __mmask16 lanes_below(i64 count) {
   return count <= 0 ? 0 : count >= LANES ? 0xffff : __mmask16((1u << count) - 1);
